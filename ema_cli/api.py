@@ -1,0 +1,459 @@
+"""The public functions: one per command, with the command's option names and defaults."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from ema_cli import engine, files, flaws, machine, provenance, record, renaming, specs
+from ema_cli import plan as planning
+from ema_cli.comparison import Difference, compare
+from ema_cli.engine import Progress
+from ema_cli.errors import InputError, UsageError
+from ema_cli.formats import read
+from ema_cli.layout import Layout, Wishes
+from ema_cli.naming import SHADOW_NAME, Rule
+from ema_cli.output import Unpublished, check_destination
+from ema_cli.plan import Plan, Request
+from ema_cli.restoring import RestoreMap, restored
+from ema_cli.runs import Choice, PassedOver, Run, find, is_run
+from ema_cli.tensors import Checkpoint
+from ema_cli.text import shorten
+from ema_cli.warnings import PlanWarning, warnings
+
+OnEvent = Callable[[Progress], None]
+Select = Sequence[tuple[str, str]]
+_WEIGHTS_FILE_LIMIT = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """One output of a run.
+
+    Attributes:
+        path: where it is.
+        status: ``written``, or ``unchanged`` when an equal output was there already.
+        nbytes: its size.
+    """
+
+    path: str
+    status: str
+    nbytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class RunResult:
+    """What `average_run` did.
+
+    Attributes:
+        plan: what was carried out.
+        outputs: one per average, in order.
+        warnings: those of the plan.
+        seconds: wall clock time, planning included.
+        notes: what could not be promised, e.g. reserved space.
+    """
+
+    plan: Plan
+    outputs: tuple[Written, ...]
+    warnings: tuple[PlanWarning, ...]
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def unusable(self) -> tuple[PassedOver, ...]:
+        """Entries that look like checkpoints and could not be used (exit code 3)."""
+        return unusable(self.plan.run)
+
+
+def unusable(run: Run) -> tuple[PassedOver, ...]:
+    """Return the entries of a run that look like checkpoints and could not be used."""
+    return tuple(entry for entry in run.passed_over if entry.unusable)
+
+
+def plan_run(
+    runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    average: Sequence[str] = (),
+    decay: str | float | None = None,
+    num_updates: str | None = None,
+    init: str = "first",
+    zero_debias: bool = False,
+    glob: str | None = None,
+    last: int | None = None,
+    steps: str | None = None,
+    step_from: str | None = None,
+    order: str = "step",
+    select: Select = (),
+    statistics: str = "average",
+    shadow_dtype: str = "auto",
+    non_finite: str = "error",
+    names: str = "auto",
+    name: str = SHADOW_NAME,
+    keep_variables: bool = False,
+    rule: Sequence[tuple[str, str]] = (),
+    dtype: str | None = None,
+    format: str | None = None,
+    max_shard_size: str | int | None = None,
+    optimizer: str = "auto",
+    workers: int | None = None,
+    strict: bool = False,
+) -> Plan:
+    """Return the plan of `average_run` with the same arguments; reads headers only.
+
+    Raises the errors of `average_run` that can be known before tensor data moves.
+    """
+    del strict  # about warnings, which `average_run` and the command line look at
+    averages = specs.parse_averages(
+        average,
+        None if decay is None else str(decay),
+        num_updates=num_updates,
+        init=init,
+        zero_debias=zero_debias,
+        read_text=_read_weights,
+    )
+    choice = Choice(glob, last, specs.parse_window(steps) if steps else None, step_from, order)
+    shard_size = None if max_shard_size is None else specs.parse_size(max_shard_size)
+    wishes = Wishes(
+        format, names, name, keep_variables, tuple(rule), dtype, shard_size, optimizer
+    )
+    return planning.make(
+        Request(
+            paths=_paths(runs),
+            output=None if output is None else os.fspath(output),
+            averages=tuple(averages),
+            implicit=not average and decay is None,
+            choice=choice,
+            rules=_rules(select),
+            statistics=statistics,
+            shadow_dtype=shadow_dtype,
+            non_finite=non_finite,
+            wishes=wishes,
+            workers=workers or machine.default_workers(),
+        )
+    )
+
+
+def average_run(
+    runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    *,
+    average: Sequence[str] = (),
+    decay: str | float | None = None,
+    num_updates: str | None = None,
+    init: str = "first",
+    zero_debias: bool = False,
+    glob: str | None = None,
+    last: int | None = None,
+    steps: str | None = None,
+    step_from: str | None = None,
+    order: str = "step",
+    select: Select = (),
+    statistics: str = "average",
+    shadow_dtype: str = "auto",
+    non_finite: str = "error",
+    names: str = "auto",
+    name: str = SHADOW_NAME,
+    keep_variables: bool = False,
+    rule: Sequence[tuple[str, str]] = (),
+    dtype: str | None = None,
+    format: str | None = None,
+    max_shard_size: str | int | None = None,
+    optimizer: str = "auto",
+    overwrite: bool = False,
+    workers: int | None = None,
+    strict: bool = False,
+    executor: Executor | None = None,
+    on_event: OnEvent | None = None,
+) -> RunResult:
+    """Average the checkpoints of a run and write the result as new checkpoints.
+
+    Args:
+        runs: a directory of checkpoints, or several checkpoints.
+        output: the output path; may hold ``{step}`` and ``{average}``.
+        average: ``[LABEL=]SPEC[@WINDOW]`` each; SPEC is ``ema:D``, ``ema:D/step``,
+            ``half-life:STEPS``, ``mean``, ``lr:SHAPE``, ``power:SIGMA_REL`` or ``weights:FILE``,
+            WINDOW ``last=N`` or ``A:B`` in steps.
+        decay: ``D`` or ``"D/step"``, short for ``ema:D`` and ``ema:D/step``.
+        num_updates: ``none``, ``count`` or ``step``: the n of TensorFlow's ramp
+            min(decay, (1 + n)/(10 + n)).
+        init: ``first`` or ``zeros``; zero_debias implies zeros.
+        zero_debias: divide by TensorFlow's bias factor.
+        glob: directory entries to consider; may contain ``/``.
+        last: only the newest N checkpoints, after `glob` and `steps`.
+        steps: ``A:B[:C]``, both ends included, every C-th counted from A.
+        step_from: regular expression whose first group is the step in a name.
+        order: ``step`` or ``given``.
+        select: ordered pairs ``("include" | "exclude", glob)``; the last match wins.
+        statistics: ``average`` or ``copy`` batch-norm statistics.
+        shadow_dtype: ``auto`` accumulates half types in float32, ``same`` has TensorFlow's bits.
+        non_finite: ``error`` or ``allow``.
+        names: ``auto``, ``shadow`` or ``variable``.
+        name: of the shadows.
+        keep_variables: also write the last raw values beside the shadows.
+        rule: (pattern, replacement) pairs applied to output names.
+        dtype: of averaged tensors in the output.
+        format: of the output; else its suffix or the input decides.
+        max_shard_size: e.g. ``"5GB"``; for folders.
+        optimizer: ``auto``, ``keep`` or ``drop`` optimizer state.
+        overwrite: replace an existing output.
+        workers: threads; default from affinity and cgroup limits.
+        strict: treat warnings and unusable entries as errors.
+        executor: any `concurrent.futures.Executor`; threads when None.
+        on_event: called with `Progress` events.
+
+    Returns:
+        What was written. The bytes do not depend on workers or executor.
+
+    Raises:
+        EmaError: one of `ema_cli.errors`; nothing is left under the output's name.
+    """
+    started = time.monotonic()
+    plan = plan_run(
+        runs,
+        output,
+        average=average,
+        decay=decay,
+        num_updates=num_updates,
+        init=init,
+        zero_debias=zero_debias,
+        glob=glob,
+        last=last,
+        steps=steps,
+        step_from=step_from,
+        order=order,
+        select=select,
+        statistics=statistics,
+        shadow_dtype=shadow_dtype,
+        non_finite=non_finite,
+        names=names,
+        name=name,
+        keep_variables=keep_variables,
+        rule=rule,
+        dtype=dtype,
+        format=format,
+        max_shard_size=max_shard_size,
+        optimizer=optimizer,
+        workers=workers,
+    )
+    result = run_plan(
+        plan, overwrite=overwrite, strict=strict, executor=executor, on_event=on_event
+    )
+    return dataclasses.replace(result, seconds=time.monotonic() - started)
+
+
+def run_plan(
+    plan: Plan,
+    *,
+    overwrite: bool = False,
+    strict: bool = False,
+    executor: Executor | None = None,
+    on_event: OnEvent | None = None,
+) -> RunResult:
+    """Carry out a plan made by `plan_run`; see `average_run`."""
+    started = time.monotonic()
+    if plan.request.output is None:
+        raise UsageError("no output: expected -o OUT")
+    found = tuple(warnings(plan))
+    if strict:
+        _refuse_warnings(found, plan.run)
+    paths = [outcome.layout.path for outcome in plan.outcomes]
+    digests = [record.plan_digest(plan, outcome) for outcome in plan.outcomes]
+    same = [
+        not overwrite and (provenance.load(path) or {}).get("plan") == digest
+        for path, digest in zip(paths, digests, strict=True)
+    ]
+    notes: list[str] = []
+    if not all(same):
+        averages = [o.average for o, done in zip(plan.outcomes, same, strict=True) if not done]
+        rest = plan
+        if any(same):
+            rest = planning.make(dataclasses.replace(plan.request, averages=tuple(averages)))
+        notes = _write(rest, overwrite, executor, on_event or _ignore)
+    outputs = tuple(
+        Written(o.layout.path, "unchanged" if done else "written", o.layout.nbytes)
+        for o, done in zip(plan.outcomes, same, strict=True)
+    )
+    return RunResult(plan, outputs, found, time.monotonic() - started, tuple(notes))
+
+
+def _ignore(event: Progress) -> None:
+    del event
+
+
+def _refuse_warnings(found: Sequence[PlanWarning], run: Run) -> None:
+    for warning in found:
+        raise UsageError(f"--strict: {warning.code}: {warning.message}", warning.hint)
+    for entry in unusable(run):
+        raise InputError(f"--strict: {shorten(entry.path, 1000)}: {entry.reason}")
+
+
+def _write(
+    plan: Plan, overwrite: bool, executor: Executor | None, on_event: OnEvent
+) -> list[str]:
+    """Compute and publish all outputs of a plan; returns notes."""
+    layouts = [outcome.layout for outcome in plan.outcomes]
+    if len({layout.path.rstrip("/") for layout in layouts}) < len(layouts):
+        raise UsageError(f"-o {shorten(layouts[0].path)}: two averages have the same output")
+    for layout in layouts:
+        check_destination(layout, plan.inputs, overwrite=overwrite)
+    documents = [
+        (record.describe(plan, outcome), record.plan_digest(plan, outcome))
+        for outcome in plan.outcomes
+    ]
+    return _produce(plan, layouts, documents, executor, on_event)
+
+
+def _produce(
+    plan: Plan,
+    layouts: Sequence[Layout],
+    documents: Sequence[tuple[dict[str, object], str]],
+    executor: Executor | None,
+    on_event: OnEvent,
+) -> list[str]:
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(_executor(executor, plan.request.workers))
+        made = [stack.enter_context(Unpublished(layout)) for layout in layouts]
+        paths = [path for one in made for path in one.paths]
+        flaw = engine.carry_out(plan, paths, pool, on_event)
+        if flaw is not None:
+            raise flaws.explain(plan, flaw)
+        sums = [one.seal(pool) for one in made]
+        files.check_all_unchanged(plan.inputs)
+        for one, checksums, (document, digest) in zip(made, sums, documents, strict=True):
+            sealed = record.sealed(document, digest, one.fingerprint(), checksums)
+            provenance.save(one.destination, sealed)
+            one.publish()
+        return [note for one in made for note in one.notes]
+
+
+@contextlib.contextmanager
+def _executor(given: Executor | None, workers: int) -> Iterator[Executor]:
+    """Yield the executor that was given, or threads that end with the context."""
+    if given is not None:
+        yield given
+        return
+    with ThreadPoolExecutor(workers, thread_name_prefix="ema-avg") as pool:
+        yield pool
+
+
+# ---------------------------------------------------------------------------- looking
+
+
+def inspect(path: str | os.PathLike[str]) -> Checkpoint | Run:
+    """Return the checkpoint at `path`, or the run in that directory; headers and steps only.
+
+    Raises `InputError` when it is neither, `NothingToAverage` for a directory without any.
+    """
+    text = os.fspath(path)
+    if os.path.isdir(text) and is_run(text, Choice()):
+        return find([text], Choice())
+    return find([text], Choice()).checkpoints[0]
+
+
+def restore_map(
+    checkpoint: str | os.PathLike[str],
+    *,
+    program: str | Sequence[str] | None = None,
+    select: Select = (),
+    name: str = SHADOW_NAME,
+) -> RestoreMap:
+    """Return what ``variables_to_restore`` asks for, and where in the checkpoint it is found.
+
+    Args:
+        checkpoint: the one to restore from.
+        program: what the restoring program asks for: a checkpoint with its variables, a text
+            file with one restore name per line, or these names; without it, the variables the
+            checkpoint itself tells of.
+        select: ordered pairs ``("include" | "exclude", glob)`` that choose the moving-average
+            variables.
+        name: of the shadows.
+    """
+    return restored(read(os.fspath(checkpoint), {}), program, _rules(select), name)
+
+
+def diff(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    *,
+    atol: float = 0.0,
+    rtol: float = 0.0,
+) -> list[Difference]:
+    """Return how checkpoint `b` differs from `a`; an empty list when it does not.
+
+    Exact by default: names, dtypes, shapes and bits. With a tolerance two values agree when
+    ``|a - b| <= atol + rtol * |b|`` in float64, whatever their dtypes.
+    """
+    if not (0 <= atol < float("inf") and 0 <= rtol < float("inf")):
+        raise UsageError(f"--atol and --rtol: expected numbers >= 0, found {atol} and {rtol}")
+    return compare(read(os.fspath(a), {}), read(os.fspath(b), {}), atol, rtol)
+
+
+# ---------------------------------------------------------------------------- renaming
+
+
+def rename(
+    checkpoint: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    names: str | None = None,
+    name: str = SHADOW_NAME,
+    rule: Sequence[tuple[str, str]] = (),
+    format: str | None = None,
+    overwrite: bool = False,
+    workers: int | None = None,
+    executor: Executor | None = None,
+) -> renaming.Renamed:
+    """Write a copy of a checkpoint under other names; the values stay bit for bit.
+
+    Args:
+        checkpoint: what to rename.
+        output: where the copy goes.
+        names: ``variable``: shadows replace their variables; ``shadow``: what would be averaged
+            is renamed to its shadow's name; None: only `rule` applies.
+        name: of the shadows.
+        rule: (pattern, replacement) pairs applied afterwards.
+        format: of the output; else its suffix or the input decides.
+        overwrite: replace an existing output.
+        workers: threads; default from affinity and cgroup limits.
+        executor: any `concurrent.futures.Executor`; threads when None.
+
+    Raises `Disagreement` when two tensors would get one name or nothing would be renamed.
+    """
+    request = Request(
+        (os.fspath(checkpoint),),
+        os.fspath(output),
+        (),
+        wishes=Wishes(format=format, names=names or "auto", name=name, rules=tuple(rule)),
+        workers=workers or machine.default_workers(),
+    )
+    plan, layout, renamed = renaming.make(request, towards=names)
+    check_destination(layout, plan.inputs, overwrite=overwrite)
+    document = renaming.describe(layout, plan.run.checkpoints[0], renamed)
+    _produce(plan, [layout], [(document, "")], executor, _ignore)
+    return renamed
+
+
+def _paths(runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
+    if isinstance(runs, str | os.PathLike):
+        return (os.fspath(runs),)
+    return tuple(os.fspath(path) for path in runs)
+
+
+def _rules(select: Select) -> tuple[Rule, ...]:
+    for kind, _ in select:
+        if kind not in ("include", "exclude"):
+            raise UsageError(f"select: expected 'include' or 'exclude', found '{shorten(kind)}'")
+    return tuple(Rule(kind == "include", pattern) for kind, pattern in select)
+
+
+def _read_weights(path: str) -> str:
+    try:
+        return files.read_small(path, _WEIGHTS_FILE_LIMIT).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{shorten(path)}: not UTF-8: byte {error.start}") from None

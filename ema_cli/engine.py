@@ -1,0 +1,339 @@
+"""Carries out a plan on an Executor it is given: blocks outside, checkpoints inside.
+
+For each block of elements the checkpoints pass through one after the other while the accumulators
+stay in cache; each input byte is read once, whatever the number of averages. Tasks are plain data
+and may run twice, in threads or in other processes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ema_cli import kernel
+from ema_cli.errors import storage_errors
+from ema_cli.files import Handles, handle_limit, read_exact, write_exact
+from ema_cli.layout import BIASED, COPY
+from ema_cli.plan import BLOCK_ELEMENTS, TASK_ELEMENTS, Plan
+from ema_cli.ranges import Copy, Range, Target
+from ema_cli.tensors import DTYPES, Stamp, numpy_dtype
+
+COPY_BLOCK = 1 << 20
+
+
+class Accumulator(NamedTuple):
+    """One average of a piece: coefficients as long as the sources, and where the result goes."""
+
+    coefficients: tuple[float, ...]
+    divisor: float | None
+    targets: tuple[Target, ...]
+
+
+class Source(NamedTuple):
+    """Where a piece lies in one checkpoint: the ordinal of an input file, and a byte offset."""
+
+    file: int
+    offset: int
+    dtype: str
+
+
+class Piece(NamedTuple):
+    """A stretch of elements, or of bytes to copy when `shadow` is ``copy``."""
+
+    shadow: str
+    count: int
+    sources: tuple[Source, ...]
+    accumulators: tuple[Accumulator, ...]
+
+
+class Task(NamedTuple):
+    """Some pieces with all that is needed to work on them anywhere.
+
+    Attributes:
+        inputs: the input files, by `Source.file`.
+        outputs: paths of the output files, by `Target.file`.
+        pieces: what to do.
+        handles: how many input files may be open at a time.
+        check: report the first non-finite value instead of writing it.
+    """
+
+    inputs: tuple[Stamp, ...]
+    outputs: tuple[str, ...]
+    pieces: tuple[Piece, ...]
+    handles: int
+    check: bool
+
+
+class Flaw(NamedTuple):
+    """A non-finite value: which piece of its task, which accumulator, which element."""
+
+    piece: Piece
+    accumulator: int
+    element: int
+    dtype: str
+
+
+class Done(NamedTuple):
+    """What a task did: bytes read and written, and the first flaw it met."""
+
+    read: int
+    written: int
+    flaw: Flaw | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """An event: bytes read so far and in all."""
+
+    read: int
+    total: int
+
+
+# ---------------------------------------------------------------------------- in the parent
+
+
+def carry_out(
+    plan: Plan,
+    outputs: Sequence[str],
+    executor: Executor,
+    on_event: Callable[[Progress], None],
+) -> Flaw | None:
+    """Compute the plan into the files `outputs`, which exist at their final sizes.
+
+    Returns the first non-finite value found, when the plan asks for the check. `executor` is
+    neither created nor shut down here; what is in flight is bounded by the plan's workers.
+    """
+    done = 0
+    on_event(Progress(0, plan.costs.read))
+    limit = 2 * plan.request.workers
+    for result in bounded(executor, run_task, tasks(plan, outputs), limit):
+        done += result.read
+        on_event(Progress(done, plan.costs.read))
+        if result.flaw is not None:
+            return result.flaw
+    return None
+
+
+def bounded(
+    executor: Executor, function: Callable[[Task], Done], work: Iterable[Task], limit: int
+) -> Iterator[Done]:
+    """Yield results as they come; never more than `limit` tasks are in flight."""
+    pending: set[Future[Done]] = set()
+    try:
+        for task in work:
+            pending.add(executor.submit(function, task))
+            if len(pending) >= limit:
+                finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in finished)
+        while pending:
+            finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in finished)
+    finally:
+        for future in pending:
+            future.cancel()
+        wait(pending)
+
+
+def tasks(plan: Plan, outputs: Sequence[str]) -> Iterator[Task]:
+    """Yield the tasks of a plan; small pieces share one."""
+    handles = handle_limit(plan.request.workers)
+    check = plan.request.non_finite == "error"
+    batch: list[Piece] = []
+    filled = 0
+    for piece in pieces(plan):
+        batch.append(piece)
+        filled += piece.count
+        if filled >= TASK_ELEMENTS:
+            yield Task(plan.inputs, tuple(outputs), tuple(batch), handles, check)
+            batch, filled = [], 0
+    if batch:
+        yield Task(plan.inputs, tuple(outputs), tuple(batch), handles, check)
+
+
+def pieces(plan: Plan) -> Iterator[Piece]:
+    """Yield the ranges and copies of a plan, cut into pieces of at most a task."""
+    used = [
+        k
+        for k in range(len(plan.run.checkpoints))
+        if any(schedule.coefficients[k] for schedule in plan.schedules)
+    ]
+    coefficients = [
+        tuple(schedule.coefficients[k] for k in used) for schedule in plan.schedules
+    ]
+    for work in plan.averaged:
+        shadow = kernel.shadow_dtype(work.dtype, plan.request.shadow_dtype)
+        divisors = [
+            s.debias_factor(numpy_dtype(shadow)) if s.zero_debias else None for s in plan.schedules
+        ]
+        for start in range(0, work.count, TASK_ELEMENTS):
+            count = min(TASK_ELEMENTS, work.count - start)
+            yield Piece(
+                shadow,
+                count,
+                _sources(plan, work, used, start),
+                tuple(
+                    Accumulator(c, divisor, _targets(targets, start))
+                    for c, divisor, targets in zip(
+                        coefficients, divisors, work.targets, strict=True
+                    )
+                    if targets
+                ),
+            )
+    for copy in plan.copies:
+        yield from _copied_pieces(copy)
+
+
+def _sources(plan: Plan, work: Range, used: Sequence[int], start: int) -> tuple[Source, ...]:
+    skipped = start * DTYPES[work.dtype].bits // 8
+    sources = []
+    for k in used:
+        file, offset = work.places[plan.index_of[k]]
+        sources.append(Source(plan.first_input[k] + file, offset + skipped, work.dtype))
+    return tuple(sources)
+
+
+def _targets(targets: Sequence[Target], start: int) -> tuple[Target, ...]:
+    return tuple(
+        t._replace(offset=t.offset + start * (1 if t.dtype == COPY else DTYPES[t.dtype].bits // 8))
+        for t in targets
+    )
+
+
+def _copied_pieces(copy: Copy) -> Iterator[Piece]:
+    step = TASK_ELEMENTS * 4
+    for start in range(0, copy.nbytes, step):
+        source = Source(copy.file, copy.offset + start, COPY)
+        accumulator = Accumulator((1.0,), None, _targets(copy.targets, start))
+        yield Piece(COPY, min(step, copy.nbytes - start), (source,), (accumulator,))
+
+
+# ---------------------------------------------------------------------------- in a worker
+
+
+def run_task(task: Task) -> Done:
+    """Work on all pieces of a task; running it again writes the same bytes again."""
+    read = written = 0
+    outputs: dict[int, int] = {}
+    try:
+        with Handles(task.inputs, task.handles) as handles:
+            for piece in task.pieces:
+                for accumulator in piece.accumulators:
+                    for target in accumulator.targets:
+                        if target.file not in outputs:
+                            outputs[target.file] = _open_output(task.outputs[target.file])
+                worker = _copy if piece.shadow == COPY else _average
+                result = worker(task, piece, handles, outputs)
+                read, written = read + result.read, written + result.written
+                if result.flaw is not None:
+                    return Done(read, written, result.flaw)
+    finally:
+        for fd in outputs.values():
+            os.close(fd)
+    return Done(read, written)
+
+
+def _open_output(path: str) -> int:
+    with storage_errors(path, "cannot open"):
+        return os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def _copy(task: Task, piece: Piece, handles: Handles, outputs: dict[int, int]) -> Done:
+    source = piece.sources[0]
+    path = task.inputs[source.file].path
+    buffer = memoryview(bytearray(min(COPY_BLOCK, piece.count)))
+    written = 0
+    for start in range(0, piece.count, COPY_BLOCK):
+        view = buffer[: min(COPY_BLOCK, piece.count - start)]
+        read_exact(handles.fd(source.file), view, source.offset + start, path)
+        for target in piece.accumulators[0].targets:
+            write_exact(outputs[target.file], view, target.offset + start, task.outputs[target.file])
+            written += len(view)
+    return Done(piece.count, written)
+
+
+def _average(task: Task, piece: Piece, handles: Handles, outputs: dict[int, int]) -> Done:
+    """Average one piece block by block."""
+    block = min(BLOCK_ELEMENTS, piece.count)
+    buffers = _Buffers(piece, block)
+    read = written = 0
+    for start in range(0, piece.count, block):
+        count = min(block, piece.count - start)
+        read += _mix(task, piece, handles, buffers, start, count)
+        for ordinal, accumulator in enumerate(piece.accumulators):
+            for target in accumulator.targets:
+                out = buffers.finished(ordinal, accumulator, target, count)
+                bad = kernel.first_non_finite(out) if task.check else None
+                if bad is not None:
+                    return Done(read, written, Flaw(piece, ordinal, start + bad, target.dtype))
+                offset = target.offset + start * out.itemsize
+                path = task.outputs[target.file]
+                write_exact(outputs[target.file], out.view(np.uint8).data, offset, path)
+                written += out.nbytes
+    return Done(read, written)
+
+
+class _Buffers:
+    """The arrays a worker reuses for all blocks of a piece."""
+
+    def __init__(self, piece: Piece, block: int) -> None:
+        shadow = numpy_dtype(piece.shadow)
+        self.raw = {
+            dtype: np.empty(block, numpy_dtype(dtype))
+            for dtype in {source.dtype for source in piece.sources}
+        }
+        self.value = np.empty(block, shadow)
+        self.scratch = np.empty(block, shadow)
+        self.shadows = [np.empty(block, shadow) for _ in piece.accumulators]
+        self.coefficients = [
+            [kernel.cast_coefficient(c, piece.shadow) for c in accumulator.coefficients]
+            for accumulator in piece.accumulators
+        ]
+        self._out: dict[str, Any] = {}
+
+    def finished(
+        self, ordinal: int, accumulator: Accumulator, target: Target, count: int
+    ) -> kernel.Array:
+        """Return the result for `target`: debiased unless it is the biased one, then narrowed."""
+        shadow = self.shadows[ordinal][:count]
+        if accumulator.divisor is not None and target.part != BIASED:
+            kernel.divide(shadow, accumulator.divisor, self.scratch[:count])
+            shadow = self.scratch[:count]
+        wanted = numpy_dtype(target.dtype)
+        if wanted == shadow.dtype:
+            return shadow
+        if target.dtype not in self._out:
+            self._out[target.dtype] = np.empty(len(self.scratch), wanted)
+        out: kernel.Array = self._out[target.dtype][:count]
+        kernel.narrow(shadow, out)
+        return out
+
+
+def _mix(
+    task: Task, piece: Piece, handles: Handles, buffers: _Buffers, start: int, count: int
+) -> int:
+    """Pass the checkpoints through one block; returns the bytes read."""
+    read = 0
+    alone = len(piece.accumulators) == 1
+    for shadow in buffers.shadows:
+        shadow[:count] = 0
+    for k, source in enumerate(piece.sources):
+        if not any(coefficients[k] for coefficients in buffers.coefficients):
+            continue
+        raw = buffers.raw[source.dtype][:count]
+        path = task.inputs[source.file].path
+        offset = source.offset + start * raw.itemsize
+        read_exact(handles.fd(source.file), raw.view(np.uint8).data, offset, path)
+        read += raw.nbytes
+        value = raw
+        if source.dtype != piece.shadow:
+            value = buffers.value[:count]
+            kernel.widen(raw, value)
+        scratch = value if alone else buffers.scratch[:count]
+        for shadow, coefficients in zip(buffers.shadows, buffers.coefficients, strict=True):
+            kernel.update(shadow[:count], value, coefficients[k], scratch)
+    return read

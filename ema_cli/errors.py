@@ -1,0 +1,164 @@
+"""The exception tree: every error owns its exit code, its text and its hint.
+
+``args`` are plain data, so errors survive pickling on their way back from a worker process;
+the text is made in ``__str__``. Exit codes are the contract of ``docs/architecture.md``::
+
+    EmaError                  1  internal error
+    ├── UsageError            2  the command line makes no sense
+    ├── NothingToAverage     10  no usable checkpoint
+    ├── Locked               11  another process is writing there
+    ├── InputError           12  damaged, hostile, unsupported, changed while read
+    │   ├── DamagedFile          one invariant of a format is broken
+    │   ├── UnsupportedInput     known, but not read by this version
+    │   └── InputChanged         changed between plan and publication
+    ├── Disagreement         13  names, shapes, dtypes or steps disagree
+    ├── OutputExists         14  output exists or is an input
+    ├── StorageError         15  disk full or I/O error
+    └── NonFinite            17  a result is NaN or infinite
+
+130 and 143 (interrupted, terminated) are signals, not errors; 16 belongs to durable states.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ema_cli.text import shorten
+
+
+class EmaError(Exception):
+    """Root of all errors a user can meet.
+
+    Args:
+        message: one line, *where: what: expected and found*, made of safe text.
+        hint: the command or change that helps; may be empty.
+    """
+
+    exit_code = 1
+
+    @property
+    def message(self) -> str:
+        """What went wrong, one line."""
+        return str(self.args[0]) if self.args else type(self).__name__
+
+    @property
+    def hint(self) -> str:
+        """What would help, or an empty string."""
+        return str(self.args[1]) if len(self.args) > 1 else ""
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class UsageError(EmaError):
+    """The command line or the arguments make no sense."""
+
+    exit_code = 2
+
+
+class NothingToAverage(EmaError):
+    """No usable checkpoint was found, or a selection left none."""
+
+    exit_code = 10
+
+
+class Locked(EmaError):
+    """Another process is writing the same output."""
+
+    exit_code = 11
+
+
+class InputError(EmaError):
+    """An input is damaged, hostile, unsupported or changed while it was read."""
+
+    exit_code = 12
+
+
+class DamagedFile(InputError):
+    """A file breaks an invariant of its format.
+
+    Args:
+        path: the file.
+        reason: the invariant with what was expected and found.
+        tensor: the tensor the reason is about, if any.
+    """
+
+    def __init__(self, path: str, reason: str, tensor: str | None = None) -> None:
+        super().__init__(path, reason, tensor)
+
+    @property
+    def message(self) -> str:
+        """``FILE: [tensor 'NAME':] reason``."""
+        path, reason, tensor = self.args
+        about = "" if tensor is None else f"tensor '{shorten(tensor)}': "
+        return f"{shorten(path, 1000)}: {about}{reason}"
+
+    @property
+    def hint(self) -> str:
+        """What can be done about a damaged file."""
+        return "copy the file again from where it was written, or leave it out with --glob"
+
+
+class UnsupportedInput(InputError):
+    """The input is something we know of but do not read."""
+
+
+class InputChanged(InputError):
+    """An input changed between the plan and the publication of the result."""
+
+
+class Disagreement(EmaError):
+    """Names, shapes, dtypes or steps disagree."""
+
+    exit_code = 13
+
+
+class OutputExists(EmaError):
+    """The output exists already, or is one of the inputs."""
+
+    exit_code = 14
+
+
+class StorageError(EmaError):
+    """The disk is full or an I/O call failed."""
+
+    exit_code = 15
+
+
+class NonFinite(EmaError):
+    """A value of the result is NaN or infinite."""
+
+    exit_code = 17
+
+
+EXIT_CODES: dict[int, str] = {
+    0: "done",
+    1: "internal error",
+    2: "usage",
+    3: "done, but something that looks like a checkpoint could not be used",
+    10: "nothing to average",
+    11: "locked by another process",
+    12: "an input is damaged, hostile, unsupported or changed while read",
+    13: "names, shapes, dtypes or steps disagree, or a restore would fail",
+    14: "the output exists or is an input",
+    15: "disk full or I/O error",
+    17: "non-finite values",
+    130: "interrupted",
+    143: "terminated",
+}
+
+
+@contextmanager
+def storage_errors(path: str, doing: str) -> Iterator[None]:
+    """Turn an `OSError` raised inside into a `StorageError` that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        hint = ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            hint = "free some space, or write elsewhere with -o; `ema-avg plan` shows what is needed"
+        raise StorageError(f"{shorten(path, 1000)}: {doing}: {reason}", hint) from error

@@ -1,0 +1,345 @@
+"""safetensors files: a JSON header that says where each tensor lies, then the bytes.
+
+Layout: ``u64le N``, N bytes of UTF-8 JSON ``{name: {dtype, shape, data_offsets: [begin, end)}}``
+with offsets relative to 8 + N and an optional ``__metadata__`` of strings, then the data. The
+offsets tile the data exactly. Specification: the README of github.com/huggingface/safetensors.
+
+The header is parsed here rather than by the reference library because that one accepts duplicate
+names, cannot return every dtype to NumPy and maps the file. Each broken invariant is an error of
+its own, found before anything of the size the header claims is allocated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ema_cli.errors import DamagedFile
+from ema_cli.files import open_input, read_exact, stamp
+from ema_cli.tensors import DTYPES, Checkpoint, DType, Extent, Index, Stamp, Tensor
+from ema_cli.text import shorten, size
+
+NAME = "safetensors"
+SUFFIX = ".safetensors"
+
+# The format allows 100 MB; a header of 16 MiB holds some 150,000 tensors and is parsed in memory.
+HEADER_LIMIT = 16 << 20
+TENSOR_LIMIT = 1_000_000
+# NumPy 1 holds no more than 32 dimensions, NumPy 2 no more than 64.
+DIMENSION_LIMIT = 32
+# Writers pad the header with spaces so that data starts aligned.
+ALIGNMENT = 8
+
+# In the order in which the reference writer sorts dtypes (then by name), ascending.
+_CODES = {
+    "BOOL": "bool",
+    "F4": "float4_e2m1fn",
+    "F6_E2M3": "float6_e2m3fn",
+    "F6_E3M2": "float6_e3m2fn",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "C64": "complex64",
+    "F64": "float64",
+    "I64": "int64",
+    "U64": "uint64",
+}
+_DTYPES: Mapping[str, DType] = {code: DTYPES[name] for code, name in _CODES.items()}
+_CODE_OF = {name: code for code, name in _CODES.items()}
+_ORDER = {name: -place for place, name in enumerate(_CODES.values())}
+
+_FIELDS = ("dtype", "shape", "data_offsets")
+
+
+# Indexes parsed so far, by header digest and file size: the checkpoints of a run mostly share one.
+Known = dict[tuple[str, ...], Index]
+
+
+# ---------------------------------------------------------------------------- reading
+
+
+def sniff(start: bytes, file_size: int) -> bool:
+    """Whether a file beginning with `start` (16 bytes) may be a safetensors file."""
+    length = int.from_bytes(start[:8], "little")
+    return len(start) >= 9 and start[8:9] == b"{" and length <= max(file_size, 1 << 32)
+
+
+def read(path: str, known: Known) -> Checkpoint:
+    """Return the checkpoint in the single file `path`: its checked header, no tensor data.
+
+    Raises `DamagedFile` for each broken invariant, `InputError` when it cannot be opened.
+    """
+    fd = open_input(path)
+    try:
+        file = stamp(fd, path)
+        raw = read_raw_header(fd, file)
+    finally:
+        os.close(fd)
+    digest = hashlib.sha256(raw).hexdigest()
+    key = (NAME, digest, str(file.size))
+    if key not in known:
+        tensors, metadata = _parse(path, raw, file.size)
+        known[key] = Index(NAME, tensors, ("",), (digest,), metadata)
+    return Checkpoint(path, (file,), known[key])
+
+
+def read_raw_header(fd: int, file: Stamp) -> bytearray:
+    """Return the JSON bytes of the header, padding included; the length is checked first."""
+    if file.size < 8:
+        raise DamagedFile(file.path, f"expected at least 8 bytes, found {file.size}")
+    prefix = bytearray(8)
+    read_exact(fd, memoryview(prefix), 0, file.path)
+    length = int.from_bytes(prefix, "little")
+    if length > file.size - 8:
+        raise DamagedFile(
+            file.path,
+            f"the header claims {length:,} bytes, but only {file.size - 8:,} follow its length",
+        )
+    if length > HEADER_LIMIT:
+        raise DamagedFile(
+            file.path, f"expected a header of at most {size(HEADER_LIMIT)}, found {size(length)}"
+        )
+    raw = bytearray(length)
+    read_exact(fd, memoryview(raw), 8, file.path)
+    return raw
+
+
+def _parse(
+    path: str, raw: bytearray, file_size: int
+) -> tuple[tuple[Tensor, ...], Mapping[str, str]]:
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DamagedFile(path, f"the header is not UTF-8: byte {8 + error.start}") from None
+    tensors: list[Tensor] = []
+    metadata: Mapping[str, str] = {}
+    names: set[str] = set()
+    for name, value in _members(path, text):
+        if name in names:
+            raise DamagedFile(path, "this name stands twice in the header", name)
+        names.add(name)
+        if name == "__metadata__":
+            metadata = _metadata(path, value)
+            continue
+        if len(tensors) >= TENSOR_LIMIT:
+            raise DamagedFile(path, f"expected at most {TENSOR_LIMIT:,} tensors, found more")
+        tensors.append(_tensor(path, name, value))
+    tensors.sort(key=lambda t: (t.extent.offset, t.extent.nbytes))
+    _check_tiling(path, tensors, file_size - 8 - len(raw))
+    start = 8 + len(raw)
+    placed = tuple(
+        Tensor(t.name, t.dtype, t.shape, Extent(0, start + t.extent.offset, t.extent.nbytes))
+        for t in tensors
+    )
+    return placed, metadata
+
+
+class _Repeated(NamedTuple):
+    """Stands for a JSON object with a field that occurs twice."""
+
+    field: str
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Any:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        return _Repeated(next(k for k, _ in pairs if [p[0] for p in pairs].count(k) > 1))
+    return value
+
+
+def _not_a_number(constant: str) -> Any:
+    raise ValueError(f"{constant} is not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_not_a_number)
+
+
+def _members(path: str, text: str) -> Iterable[tuple[str, Any]]:
+    """Yield the (key, value) pairs of the top-level object one by one.
+
+    Decoding member by member keeps memory near that of the result: whole-header decoding of many
+    tensors takes several times as much.
+    """
+    if not text.startswith("{"):
+        raise DamagedFile(path, f"expected the header to begin with '{{', found {text[:1]!a}")
+    at = _skip(text, 1)
+    while text[at : at + 1] != "}":
+        key, at = _decode(path, text, at)
+        if type(key) is not str:
+            raise DamagedFile(path, f"the header is not JSON: expected a name at byte {at}")
+        at = _expect(path, text, _skip(text, at), ":")
+        value, at = _decode(path, text, at)
+        yield key, value
+        at = _skip(text, at)
+        if text[at : at + 1] != "}":
+            at = _expect(path, text, at, ",")
+            if text[at : at + 1] == "}":
+                raise DamagedFile(path, "the header is not JSON: expected a name after ','")
+    if text[at + 1 :].strip(" "):
+        raise DamagedFile(path, "expected only spaces after the header's closing brace")
+
+
+def _skip(text: str, at: int) -> int:
+    while text[at : at + 1] in (" ", "\n", "\r", "\t"):
+        at += 1
+    return at
+
+
+def _expect(path: str, text: str, at: int, character: str) -> int:
+    if text[at : at + 1] != character:
+        found = repr(text[at : at + 1]) if at < len(text) else "its end"
+        raise DamagedFile(
+            path, f"the header is not JSON: expected '{character}' at byte {at}, found {found}"
+        )
+    return _skip(text, at + 1)
+
+
+def _decode(path: str, text: str, at: int) -> tuple[Any, int]:
+    try:
+        return _DECODER.raw_decode(text, at)
+    except RecursionError:
+        raise DamagedFile(path, "the header is nested too deeply") from None
+    except StopIteration:
+        raise DamagedFile(path, "the header is not JSON: it ends too early") from None
+    except ValueError as error:
+        raise DamagedFile(path, f"the header is not JSON: {shorten(str(error))}") from None
+
+
+def _metadata(path: str, value: Any) -> Mapping[str, str]:
+    if isinstance(value, _Repeated):
+        raise DamagedFile(path, f"__metadata__ holds '{shorten(value.field)}' twice")
+    if type(value) is not dict or any(type(text) is not str for text in value.values()):
+        raise DamagedFile(path, "__metadata__ must map strings to strings")
+    for text in (*value, *value.values()):
+        _check_unicode(path, text, "__metadata__")
+    return value
+
+
+def _check_unicode(path: str, text: str, what: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DamagedFile(path, f"{what} holds a lone surrogate: '{shorten(text)}'") from None
+
+
+def _tensor(path: str, name: str, value: Any) -> Tensor:
+    """Return the tensor with its extent still relative to the data; every field is checked."""
+    _check_unicode(path, name, "a tensor name")
+    if isinstance(value, _Repeated):
+        raise DamagedFile(path, f"the field '{shorten(value.field)}' stands twice", name)
+    if type(value) is not dict or sorted(value) != sorted(_FIELDS):
+        found = ", ".join(shorten(str(k), 40) for k in value) if type(value) is dict else value
+        raise DamagedFile(
+            path, f"expected the fields {', '.join(_FIELDS)}, found {shorten(str(found))}", name
+        )
+    code = value["dtype"]
+    dtype = _DTYPES.get(code) if type(code) is str else None
+    if dtype is None:
+        raise DamagedFile(path, f"unknown dtype {shorten(str(code))!r}", name)
+    shape = _numbers(path, name, value["shape"], "shape")
+    if len(shape) > DIMENSION_LIMIT:
+        raise DamagedFile(
+            path, f"expected at most {DIMENSION_LIMIT} dimensions, found {len(shape)}", name
+        )
+    offsets = _numbers(path, name, value["data_offsets"], "data_offsets")
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise DamagedFile(path, f"expected data_offsets [begin, end], found {list(offsets)}", name)
+    _check_size(path, name, dtype, shape, offsets[1] - offsets[0])
+    return Tensor(name, dtype, shape, Extent(0, offsets[0], offsets[1] - offsets[0]))
+
+
+def _numbers(path: str, name: str, value: Any, field: str) -> tuple[int, ...]:
+    if type(value) is not list or any(type(n) is not int or not 0 <= n < 1 << 63 for n in value):
+        raise DamagedFile(
+            path,
+            f"{field}: expected a list of integers from 0 to 2^63 - 1, "
+            f"found {shorten(str(value))}",
+            name,
+        )
+    return tuple(value)
+
+
+def _check_size(path: str, name: str, dtype: DType, shape: tuple[int, ...], found: int) -> None:
+    bits = math.prod(shape) * dtype.bits
+    # Also products that only fit because one factor is 0: other readers overflow on them.
+    if math.prod(n for n in shape if n) * dtype.bits >= 1 << 66:
+        raise DamagedFile(path, f"the size of shape {list(shape)} overflows 64 bits", name)
+    if bits % 8:
+        raise DamagedFile(
+            path, f"shape {list(shape)} of {dtype} does not fill whole bytes ({bits} bits)", name
+        )
+    if bits // 8 != found:
+        raise DamagedFile(
+            path,
+            f"shape {list(shape)} of {dtype} needs {bits // 8:,} bytes, "
+            f"but data_offsets hold {found:,}",
+            name,
+        )
+
+
+def _check_tiling(path: str, tensors: Sequence[Tensor], data_size: int) -> None:
+    """Check that the extents, sorted by offset, cover the data exactly: no hole, no overlap."""
+    end = 0
+    for tensor in tensors:
+        begin = tensor.extent.offset
+        if begin != end:
+            kind = "a hole before its data" if begin > end else "its data overlaps another tensor's"
+            raise DamagedFile(
+                path, f"{kind}: expected offset {end:,}, found {begin:,}", tensor.name
+            )
+        end += tensor.extent.nbytes
+    if end != data_size:
+        kind = "truncated" if end > data_size else "trailing bytes"
+        raise DamagedFile(
+            path, f"{kind}: the tensors need {end:,} bytes of data, the file holds {data_size:,}"
+        )
+
+
+# ---------------------------------------------------------------------------- writing
+
+
+def writing_order(dtype: str, name: str) -> tuple[int, str]:
+    """Sort key of the reference writer: dtype from U64 down to BOOL, then the name."""
+    return _ORDER[dtype], name
+
+
+def encode_header(
+    tensors: Sequence[tuple[str, DType, tuple[int, ...]]],
+    metadata: Mapping[str, str],
+    alignment: int = ALIGNMENT,
+) -> tuple[bytes, list[Extent]]:
+    """Return the length prefix and header for `tensors` in this order, and where each one lies.
+
+    With the order of `writing_order` the bytes are those the safetensors library writes.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    relative: list[tuple[int, int]] = []
+    end = 0
+    for name, dtype, shape in tensors:
+        begin, end = end, end + math.prod(shape) * dtype.bits // 8
+        entries[name] = {
+            "dtype": _CODE_OF[dtype.name],
+            "shape": list(shape),
+            "data_offsets": [begin, end],
+        }
+        relative.append((begin, end))
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-(8 + len(text)) % alignment)
+    start = 8 + len(text)
+    extents = [Extent(0, start + begin, end - begin) for begin, end in relative]
+    return len(text).to_bytes(8, "little") + text, extents

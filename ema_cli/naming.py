@@ -1,0 +1,228 @@
+"""Names: which tensors are variables, shadows, statistics or slots, and what each is called. Pure.
+
+TensorFlow's convention: the shadow of ``conv/kernel`` is ``conv/kernel/ExponentialMovingAverage``,
+a restore asks for the shadow of every averaged variable and for the plain name of the rest.
+"""
+
+from __future__ import annotations
+
+import enum
+import fnmatch
+import functools
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from ema_cli.errors import Disagreement, UsageError
+from ema_cli.text import near_misses, shorten
+
+SHADOW_NAME = "ExponentialMovingAverage"
+STEP_NAMES = ("global_step", "step", "iterations")
+COUNTER_NAMES = (*STEP_NAMES, "save_counter")
+
+_SEPARATOR = re.compile(r"[/.]")
+_STATISTICS = {"moving_mean", "moving_variance", "running_mean", "running_var"}
+# `<variable>/<slot>` of TensorFlow's optimizers, made unique as `<slot>_1`.
+_SLOT = re.compile(
+    r"/(?:Adam|AdamW|AdaMax|Adamax|Nadam|LAMB|Momentum|RMSProp|Adagrad|AdagradDA|Adadelta|Ftrl"
+    r"|AMSGrad|Lion)(?:_\d+)?$"
+)
+_OPTIMIZER_WORDS = re.compile(
+    r"(?:^|[/.])(?:optimizer|optimizers|optimizer_state|optimizer_states|opt_state)(?:[/.]|$)"
+    r"|(?:^|[/.])beta[12]_power(?:_\d+)?$"
+    r"|(?:^|[/._])(?:exp_avg|exp_avg_sq|exp_inf|max_exp_avg_sq|momentum_buffer)(?:[/.]|$)"
+)
+_ANY_SHADOW = re.compile(r"/ExponentialMovingAverage(?:_\d+)?(?:/biased|/local_step)?$")
+
+
+class Role(enum.Enum):
+    """What a tensor is for, told by its name."""
+
+    VARIABLE = "variable"
+    STATISTICS = "statistics"
+    OPTIMIZER = "optimizer state"
+    SHADOW = "shadow"
+    OTHER_SHADOW = "shadow of another name"
+    COUNTER = "counter"
+
+
+def shadow_of(variable: str, name: str) -> str:
+    """Return the name under which the shadow of `variable` is saved."""
+    return f"{variable}/{name}"
+
+
+def variable_of(tensor: str, name: str) -> str | None:
+    """Return the variable whose shadow `tensor` is by its name, or None."""
+    suffix = f"/{name}"
+    return tensor.removesuffix(suffix) if tensor.endswith(suffix) else None
+
+
+def role_of(tensor: str, name: str) -> Role:
+    """Return what `tensor` is for; `name` is the name of our own shadows."""
+    last = _SEPARATOR.split(tensor)[-1]
+    own = (f"/{name}", f"/{name}/biased", f"/{name}/local_step")
+    if tensor.endswith(own):
+        return Role.SHADOW
+    if _ANY_SHADOW.search(tensor) or last in ("biased", "local_step") and "/" in tensor:
+        return Role.OTHER_SHADOW
+    if tensor in COUNTER_NAMES:
+        return Role.COUNTER
+    if _SLOT.search(tensor) or _OPTIMIZER_WORDS.search(tensor):
+        return Role.OPTIMIZER
+    return Role.STATISTICS if last in _STATISTICS else Role.VARIABLE
+
+
+def unique_name(name: str, taken: Collection[str]) -> str:
+    """Return `name`, or `name_1`, `name_2` …: the first not in `taken`.
+
+    As TensorFlow's graphs do, names that differ only in case count as equal.
+    """
+    lowered = {other.lower() for other in taken}
+    candidate = name
+    number = 0
+    while candidate.lower() in lowered:
+        number += 1
+        candidate = f"{name}_{number}"
+    return candidate
+
+
+# ---------------------------------------------------------------------------- selection
+
+
+class Rule(NamedTuple):
+    """One ``--include`` or ``--exclude`` in its place on the command line."""
+
+    include: bool
+    pattern: str
+
+    @property
+    def option(self) -> str:
+        """How the user wrote it."""
+        return f"--{'include' if self.include else 'exclude'} '{shorten(self.pattern)}'"
+
+    @property
+    def exact(self) -> bool:
+        """Whether the pattern holds no wildcard."""
+        return not set(self.pattern) & set("*?[")
+
+
+@functools.lru_cache(maxsize=256)
+def _glob(pattern: str) -> re.Pattern[str]:
+    return re.compile(fnmatch.translate(pattern))
+
+
+def matches(pattern: str, tensor: str) -> bool:
+    """Whether the glob matches the whole name; ``*`` matches ``/`` and ``.`` too.
+
+    A pattern equal to the name matches even when it holds ``[``.
+    """
+    return pattern == tensor or _glob(pattern).match(tensor) is not None
+
+
+def ruling(rules: Sequence[Rule], tensor: str) -> Rule | None:
+    """Return the rule that decides for `tensor`: the last match wins across both kinds."""
+    return next((rule for rule in reversed(rules) if matches(rule.pattern, tensor)), None)
+
+
+def check_rules(rules: Sequence[Rule], tensors: Collection[str]) -> None:
+    """Raise `Disagreement` for a rule that matches no tensor, with names that look like it."""
+    for rule in rules:
+        if not any(matches(rule.pattern, tensor) for tensor in tensors):
+            close = near_misses(rule.pattern, tensors)
+            raise Disagreement(
+                f"{rule.option} matches no tensor",
+                f"did you mean {' or '.join(shorten(name) for name in close)}" if close else "",
+            )
+
+
+# ---------------------------------------------------------------------------- renaming
+
+
+def compile_rules(rules: Sequence[tuple[str, str]]) -> list[tuple[re.Pattern[str], str]]:
+    """Return the compiled ``--rule PATTERN REPL`` pairs; raises `UsageError`."""
+    compiled = []
+    for pattern, replacement in rules:
+        try:
+            expression = re.compile(pattern)
+            re.sub(expression, replacement, "")
+        except (re.error, IndexError) as error:
+            raise UsageError(f"--rule '{shorten(pattern)}' '{shorten(replacement)}': {error}") from None
+        compiled.append((expression, replacement))
+    return compiled
+
+
+def apply_rules(name: str, rules: Iterable[tuple[re.Pattern[str], str]]) -> str:
+    """Return `name` after each regular expression replaced all its matches, in order."""
+    for expression, replacement in rules:
+        try:
+            name = expression.sub(replacement, name)
+        except (re.error, IndexError) as error:
+            raise UsageError(f"--rule '{shorten(expression.pattern)}': {error}") from None
+    return name
+
+
+def check_distinct(names: Iterable[tuple[str, str]]) -> None:
+    """Raise `Disagreement` when two tensors would be saved under one name.
+
+    `names` are (name in the output, what it comes from) pairs.
+    """
+    seen: dict[str, str] = {}
+    for name, source in names:
+        if name in seen:
+            raise Disagreement(
+                f"two tensors would be called '{shorten(name)}': '{shorten(seen[name])}' and "
+                f"'{shorten(source)}'",
+                "choose other names with --rule PATTERN REPL, or another shadow name with --name",
+            )
+        seen[name] = source
+
+
+# ---------------------------------------------------------------------------- restore map
+
+
+class Restored(NamedTuple):
+    """One row of a restore map.
+
+    Attributes:
+        restore_name: what the restoring program asks the checkpoint for.
+        variable: the variable it fills.
+        source: ``shadow``, ``plain`` or ``missing``.
+        note: what else is worth knowing about the row.
+    """
+
+    restore_name: str
+    variable: str
+    source: str
+    note: str = ""
+
+
+def restore_map(
+    saved: Collection[str], averaged: Mapping[str, bool], name: str
+) -> list[Restored]:
+    """Return what ``variables_to_restore`` asks for, held against what is saved.
+
+    Args:
+        saved: the names in the checkpoint.
+        averaged: the variables of the program, in order, with whether each is a moving-average
+            variable, i.e. asked for under its shadow name.
+        name: of the shadows.
+
+    Source: `ExponentialMovingAverage.variables_to_restore`: averaged variables under
+    ``average_name``, every other variable under its own name unless that is a key already.
+    """
+    names = set(saved)
+    rows: dict[str, Restored] = {}
+    for variable in (v for v, is_averaged in averaged.items() if is_averaged):
+        key = shadow_of(variable, name)
+        if key in names:
+            rows[key] = Restored(key, variable, "shadow")
+        elif f"{key}_1" in names:
+            rows[key] = Restored(key, variable, "missing", f"saved as '{key}_1'")
+        else:
+            note = "only the plain name is saved" if variable in names else ""
+            rows[key] = Restored(key, variable, "missing", note)
+    for variable in (v for v, is_averaged in averaged.items() if not is_averaged):
+        if variable not in rows:
+            source = "plain" if variable in names else "missing"
+            rows[variable] = Restored(variable, variable, source)
+    return list(rows.values())

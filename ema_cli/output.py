@@ -1,0 +1,263 @@
+"""Outputs on their way: created under a temporary name, filled, sealed, checked, published.
+
+Nothing half-written ever has a final name. A single file is published by one rename; a folder is
+renamed whole, and with ``--overwrite`` the old one waits beside it until the new one stands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterable
+from concurrent.futures import Executor
+
+from ema_cli import files, provenance
+from ema_cli.errors import EmaError, OutputExists, StorageError, storage_errors
+from ema_cli.formats import FORMATS, safetensors, sharded
+from ema_cli.layout import Layout
+from ema_cli.tensors import Stamp
+from ema_cli.text import shorten, size
+
+
+# ---------------------------------------------------------------------------- before the work
+
+
+def check_destination(layout: Layout, inputs: Iterable[Stamp], *, overwrite: bool) -> None:
+    """Raise `OutputExists` unless the output may be written.
+
+    An output that is one of the inputs, or holds one, is refused whatever `overwrite` says; an
+    existing one is refused without it. A folder is only replaced when it looks like a checkpoint.
+    """
+    path = layout.path.rstrip("/")
+    shown = shorten(path, 1000)
+    _refuse_inputs(path, shown, inputs)
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StorageError(f"{shown}: {os.strerror(error.errno or 0)}") from error
+    if stat.S_ISDIR(mode) and not layout.folder:
+        raise OutputExists(
+            f"{shown}: expected the name of a new file, found a directory",
+            f"-o {os.path.join(shown, 'average' + FORMATS[layout.format].suffix)}",
+        )
+    if not overwrite:
+        raise OutputExists(f"{shown}: exists already", "replace it with --overwrite")
+    if layout.folder:
+        _check_replaceable(path, shown, mode)
+    elif not stat.S_ISREG(mode):
+        raise OutputExists(f"{shown}: only a regular file can be replaced")
+
+
+def _refuse_inputs(path: str, shown: str, inputs: Iterable[Stamp]) -> None:
+    real = os.path.realpath(path)
+    for stamp in inputs:
+        source = os.path.realpath(stamp.path)
+        if source == real or source.startswith(real + os.sep) or _same_file(path, stamp):
+            raise OutputExists(
+                f"{shown}: is an input, or holds one: {shorten(stamp.path, 1000)}",
+                "write to another name with -o",
+            )
+        if os.path.dirname(source) == real:
+            raise OutputExists(f"{shown}: holds the input {shorten(stamp.path, 1000)}")
+
+
+def _same_file(path: str, stamp: Stamp) -> bool:
+    with contextlib.suppress(OSError):
+        return os.path.samefile(path, stamp.path)
+    return False
+
+
+def _check_replaceable(path: str, shown: str, mode: int) -> None:
+    """A folder is deleted when it is replaced: never one that may hold something else."""
+    if not stat.S_ISDIR(mode):
+        raise OutputExists(f"{shown}: expected a folder to replace, found a file")
+    entries = list(os.scandir(path))
+    foreign = next((e.name for e in entries if not e.is_file(follow_symlinks=False)), None)
+    if entries and (foreign is not None or not sharded.is_checkpoint(path)):
+        what = f"it holds '{shorten(foreign)}'" if foreign else "it holds no checkpoint"
+        raise OutputExists(
+            f"{shown}: only a folder with nothing but a checkpoint is replaced, and {what}",
+            "write to another name with -o, or remove the folder yourself",
+        )
+
+
+# ---------------------------------------------------------------------------- the work
+
+
+class Unpublished:
+    """One output under its temporary name; a context that leaves nothing behind on failure.
+
+    Attributes:
+        layout: what it will be.
+        paths: its files under their temporary names, in the order of ``layout.files``.
+        notes: what could not be promised.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.destination = layout.path.rstrip("/")
+        self.root = files.beside(self.destination, files.TEMPORARY_SUFFIX)
+        self.paths = [os.path.join(self.root, f.name) if f.name else self.root for f in layout.files]
+        self.notes: list[str] = []
+        self._lock = -1
+        self._published = False
+
+    def __enter__(self) -> Unpublished:
+        parent = os.path.dirname(self.destination)
+        with storage_errors(parent or ".", "cannot create"):
+            os.makedirs(parent or ".", exist_ok=True)
+        if self.layout.folder:
+            self._lock = files.create_locked_directory(self.root)
+        else:
+            self._lock = files.create_locked(self.root)
+        try:
+            self._repair()
+            self._create()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._published:
+            files.remove(self.root)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _repair(self) -> None:
+        """Finish what a killed replacement left: the old folder under its waiting name."""
+        aside = files.beside(self.destination, files.ASIDE_SUFFIX)
+        if os.path.lexists(aside):
+            if os.path.lexists(self.destination):
+                files.remove(aside)
+            else:
+                os.rename(aside, self.destination)
+
+    def _create(self) -> None:
+        needed, free = self.layout.nbytes, files.free_bytes(os.path.dirname(self.root) or ".")
+        if needed > free:
+            raise StorageError(
+                f"{shorten(self.destination, 1000)}: needs {size(needed)}, "
+                f"the disk has {size(free)} free",
+                "free some space, or write elsewhere with -o",
+            )
+        for path, file in zip(self.paths, self.layout.files, strict=True):
+            fd = self._lock if path == self.root else files.create_locked(path)
+            try:
+                if not files.reserve(fd, file.nbytes, path):
+                    self.notes.append(f"{shorten(path, 1000)}: space could not be reserved")
+                for offset, data in file.literals:
+                    files.write_exact(fd, data, offset, path)
+            finally:
+                if fd != self._lock:
+                    os.close(fd)
+
+    def seal(self, executor: Executor) -> list[list[str]]:
+        """Check the finished files and make them durable; returns their checksums.
+
+        One CRC-32C per 64 MiB of each file, as eight hex digits.
+        """
+        checksums = [_checksums(executor, path) for path in self.paths]
+        self._check_index()
+        for path in self.paths:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                files.sync(fd, path)
+            finally:
+                os.close(fd)
+        if self.layout.folder:
+            files.sync(self._lock, self.root)
+        return checksums
+
+    def _check_index(self) -> None:
+        """Read the index back, with our reader and with the reference one."""
+        written = FORMATS[self.layout.format].read(self.root, {})
+        found = {t.name: (t.dtype, t.shape, t.extent) for t in written.index.tensors}
+        names = [file.name for file in self.layout.files]
+        order = [names.index(name) for name in written.index.names]
+        expected = {
+            e.name: (e.dtype, e.shape, self.layout.places[e.name]) for e in self.layout.entries
+        }
+        for name, (dtype, shape, extent) in found.items():
+            place = extent._replace(file=order[extent.file])
+            if expected.pop(name, None) != (dtype, shape, place):
+                raise EmaError(f"internal error: tensor '{shorten(name)}' was written elsewhere")
+        if expected:
+            raise EmaError(f"internal error: tensor '{shorten(min(expected))}' was not written")
+        _reference_check(path for path in self.paths if _is_weights(path, self.root))
+
+    def publish(self) -> None:
+        """Give the output its name: the point after which it exists."""
+        parent = os.path.dirname(self.destination)
+        with storage_errors(self.destination, "cannot publish"):
+            if self.layout.folder and os.path.lexists(self.destination):
+                self._replace_folder()
+            else:
+                os.replace(self.root, self.destination)
+            self._published = True
+        files.sync_directory(parent)
+
+    def _replace_folder(self) -> None:
+        aside = files.beside(self.destination, files.ASIDE_SUFFIX)
+        os.rename(self.destination, aside)
+        try:
+            os.rename(self.root, self.destination)
+        except BaseException:
+            os.rename(aside, self.destination)
+            raise
+        files.sync_directory(os.path.dirname(self.destination))
+        files.remove(aside)
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint the published output will have."""
+        names = [file.name for file in self.layout.files]
+        return provenance.fingerprint(list(zip(names, self.paths, strict=True)))
+
+
+def _is_weights(path: str, root: str) -> bool:
+    return path == root or path.endswith(safetensors.SUFFIX)
+
+
+def _reference_check(paths: Iterable[str]) -> None:
+    """Open each file with the safetensors library: whoever loads it will do the same."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in paths:
+        try:
+            with safe_open(path, framework="np") as reader:
+                reader.keys()
+        except SafetensorError as error:
+            raise EmaError(
+                f"internal error: the safetensors library refuses what was written: {error}"
+            ) from error
+
+
+def _checksums(executor: Executor, path: str) -> list[str]:
+    n_bytes = os.path.getsize(path)
+    step = provenance.CHECKSUM_BYTES
+    parts = [(path, start, min(step, n_bytes - start)) for start in range(0, n_bytes, step)]
+    futures = [executor.submit(checksum, part) for part in parts]
+    return [f"{future.result():08x}" for future in futures]
+
+
+def checksum(part: tuple[str, int, int]) -> int:
+    """Return the CRC-32C of (path, offset, length), read in bounded memory."""
+    from fastcrc import crc32
+
+    path, offset, length = part
+    buffer = bytearray(min(1 << 20, length))
+    fd = files.open_input(path)
+    try:
+        crc = 0
+        while length:
+            view = memoryview(buffer)[: min(len(buffer), length)]
+            files.read_exact(fd, view, offset, path)
+            crc = crc32.iscsi(view, crc) if crc else crc32.iscsi(view)
+            offset, length = offset + len(view), length - len(view)
+        return int(crc)
+    finally:
+        os.close(fd)

@@ -1,0 +1,281 @@
+"""The plan: everything that will be read, computed and written, decided before data moves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ema_cli import kernel, ranges, runs
+from ema_cli.errors import UsageError
+from ema_cli.files import free_bytes
+from ema_cli.formats import Known
+from ema_cli.layout import Layout, Wishes, lay_out
+from ema_cli.naming import Rule
+from ema_cli.ranges import Copy, Destination, Range
+from ema_cli.schedules import Average, Schedule, schedule
+from ema_cli.selection import Selection, check_agreement, select
+from ema_cli.tensors import Checkpoint, Index, Stamp
+from ema_cli.text import shorten
+
+# Elements of one block. Accumulator, value and scratch stay in a core's second level cache while
+# the checkpoints pass through; half as many cost more calls, four times as many spill to memory.
+BLOCK_ELEMENTS = 1 << 16
+# Elements of one task: enough to forget what opening its files costs.
+TASK_ELEMENTS = 1 << 21
+# The interpreter with NumPy, click and the reference reader, before any plan.
+BASE_BYTES = 48 << 20
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for: the arguments of `ema_cli.average_run`, parsed."""
+
+    paths: tuple[str, ...]
+    output: str | None
+    averages: tuple[Average, ...]
+    implicit: bool = False
+    choice: runs.Choice = field(default_factory=runs.Choice)
+    rules: tuple[Rule, ...] = ()
+    statistics: str = "average"
+    shadow_dtype: str = "auto"
+    non_finite: str = "error"
+    wishes: Wishes = field(default_factory=Wishes)
+    workers: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """One average of a plan.
+
+    Attributes:
+        average: what was asked for.
+        schedule: ordinal of its coefficients in `Plan.schedules`.
+        weights: of each checkpoint of the run.
+        last: the checkpoint whose structure and copies the output has.
+        selection: what is averaged and copied.
+        layout: the output.
+    """
+
+    average: Average
+    schedule: int
+    weights: tuple[float, ...]
+    last: Checkpoint
+    selection: Selection
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What carrying out a plan takes, in bytes; `free` is what the disk has now."""
+
+    read: int
+    write: int
+    memory: int
+    free: int
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Frozen: what ``ema-avg plan`` prints and ``ema-avg run`` carries out.
+
+    Attributes:
+        request: what it answers.
+        run: the checkpoints and what was passed over.
+        schedules: the distinct coefficient lists; equal ones are computed once.
+        outcomes: one per average, in the order asked for.
+        inputs: every input file as it was when the plan was made.
+        first_input: for each checkpoint, the ordinal in `inputs` of its first file.
+        index_of: for each checkpoint, the ordinal of its index among the distinct ones.
+        averaged: ranges to average.
+        copies: bytes to copy.
+        costs: bytes read, written, held and free.
+    """
+
+    request: Request
+    run: runs.Run
+    schedules: tuple[Schedule, ...]
+    outcomes: tuple[Outcome, ...]
+    inputs: tuple[Stamp, ...]
+    first_input: tuple[int, ...]
+    index_of: tuple[int, ...]
+    averaged: tuple[Range, ...]
+    copies: tuple[Copy, ...]
+    costs: Costs
+
+
+def make(request: Request) -> Plan:
+    """Return the plan for `request`: reads headers and scalar steps, no other tensor data.
+
+    Raises every error that can be known before: `InputError`, `Disagreement`, `UsageError`,
+    `NothingToAverage`.
+    """
+    _check_output(request)
+    known: Known = {}
+    run = runs.find(request.paths, request.choice, known)
+    schedules, ordinals = _schedules(request, run)
+    used = _used(run, schedules)
+    outcomes = _outcomes(request, run, schedules, ordinals, used)
+    indexes, index_of = _distinct(run.checkpoints, used)
+    destinations = _destinations(outcomes)
+    inputs, first_input = _inputs(run.checkpoints, used)
+    last = run.checkpoints[used[-1]]
+    selection = next(o.selection for o in outcomes if o.last is last)
+    averaged = ranges.averaged_ranges(
+        selection.averaged, indexes, destinations, len(schedules)
+    )
+    copies = _copies(outcomes, destinations, run.checkpoints, inputs, first_input)
+    return Plan(
+        request,
+        run,
+        tuple(schedules),
+        tuple(outcomes),
+        tuple(inputs),
+        tuple(first_input),
+        tuple(index_of),
+        tuple(averaged),
+        tuple(copies),
+        _costs(request, schedules, outcomes, selection, copies),
+    )
+
+
+def _check_output(request: Request) -> None:
+    several = len(request.averages) > 1
+    if request.output is not None and several and "{average}" not in request.output:
+        raise UsageError(
+            f"-o {shorten(request.output)}: {len(request.averages)} averages need different names",
+            f"put {{average}} into it: -o 'average-{{average}}'; it becomes "
+            f"{', '.join(average.label for average in request.averages[:3])}",
+        )
+
+
+def _schedules(request: Request, run: runs.Run) -> tuple[list[Schedule], list[int]]:
+    """Return the distinct schedules and, for each average, which is its own."""
+    names = [checkpoint.name for checkpoint in run.checkpoints]
+    distinct: list[Schedule] = []
+    ordinals = []
+    for average in request.averages:
+        new = schedule(average, run.steps, names)
+        if new not in distinct:
+            distinct.append(new)
+        ordinals.append(distinct.index(new))
+    return distinct, ordinals
+
+
+def _used(run: runs.Run, schedules: Sequence[Schedule]) -> list[int]:
+    """Return the ordinals of the checkpoints that are read at all."""
+    lasts = {s.last for s in schedules}
+    return [
+        k
+        for k in range(len(run.checkpoints))
+        if k in lasts or any(s.coefficients[k] for s in schedules)
+    ]
+
+
+def _outcomes(
+    request: Request,
+    run: runs.Run,
+    schedules: Sequence[Schedule],
+    ordinals: Sequence[int],
+    used: Sequence[int],
+) -> list[Outcome]:
+    selections: dict[int, Selection] = {}
+    name = request.wishes.name
+    outcomes = []
+    for average, ordinal in zip(request.averages, ordinals, strict=True):
+        chosen = schedules[ordinal]
+        last = run.checkpoints[chosen.last]
+        if id(last.index) not in selections:
+            selection = select(last.index, request.rules, request.statistics, name)
+            others = [run.checkpoints[k] for k in used]
+            check_agreement(selection, last, others, request.rules, request.statistics, name)
+            selections[id(last.index)] = selection
+        selection = selections[id(last.index)]
+        path = output_path(request.output or "", average, last)
+        updates = chosen.updates if chosen.zero_debias else None
+        layout = lay_out(path, last, selection, request.wishes, updates)
+        outcomes.append(Outcome(average, ordinal, chosen.weights(), last, selection, layout))
+    return outcomes
+
+
+def output_path(template: str, average: Average, last: Checkpoint) -> str:
+    """Return `template` with ``{step}`` and ``{average}`` replaced, literally."""
+    return template.replace("{step}", str(last.step)).replace("{average}", average.label)
+
+
+def _distinct(checkpoints: Sequence[Checkpoint], used: Sequence[int]) -> tuple[list[Index], list[int]]:
+    indexes: list[Index] = []
+    ordinal_of: dict[int, int] = {}
+    for k in used:
+        index = checkpoints[k].index
+        if id(index) not in ordinal_of:
+            ordinal_of[id(index)] = len(indexes)
+            indexes.append(index)
+    return indexes, [ordinal_of.get(id(c.index), -1) for c in checkpoints]
+
+
+def _inputs(
+    checkpoints: Sequence[Checkpoint], used: Sequence[int]
+) -> tuple[list[Stamp], list[int]]:
+    inputs: list[Stamp] = []
+    first = [-1] * len(checkpoints)
+    for k in used:
+        first[k] = len(inputs)
+        inputs.extend(checkpoints[k].files)
+    return inputs, first
+
+
+def _destinations(outcomes: Sequence[Outcome]) -> list[Destination]:
+    destinations = []
+    first_file = 0
+    for outcome in outcomes:
+        destinations.append(Destination(outcome.layout, outcome.schedule, first_file))
+        first_file += len(outcome.layout.files)
+    return destinations
+
+
+def _copies(
+    outcomes: Sequence[Outcome],
+    destinations: Sequence[Destination],
+    checkpoints: Sequence[Checkpoint],
+    inputs: list[Stamp],
+    first_input: Sequence[int],
+) -> list[Copy]:
+    copies: list[Copy] = []
+    for k, checkpoint in enumerate(checkpoints):
+        mine = [d for o, d in zip(outcomes, destinations, strict=True) if o.last is checkpoint]
+        if mine:
+            copies.extend(ranges.copied_ranges(checkpoint.index, mine, first_input[k]))
+    copies.extend(ranges.side_copies(destinations, inputs))
+    return copies
+
+
+def _costs(
+    request: Request,
+    schedules: Sequence[Schedule],
+    outcomes: Sequence[Outcome],
+    selection: Selection,
+    copies: Sequence[Copy],
+) -> Costs:
+    count = len(schedules[0].coefficients)
+    passes = sum(any(s.coefficients[k] for s in schedules) for k in range(count))
+    averaged = sum(tensor.extent.nbytes for tensor in selection.averaged)
+    widest = max(
+        (
+            kernel.numpy_dtype(kernel.shadow_dtype(t.dtype.name, request.shadow_dtype)).itemsize
+            for t in selection.averaged
+        ),
+        default=4,
+    )
+    # Per worker: the bytes read, the widened value, the scratch, one accumulator per schedule
+    # and the bytes written.
+    buffers = request.workers * (4 + len(schedules)) * BLOCK_ELEMENTS * widest
+    directory = os.path.dirname((request.output or "").rstrip("/")) or "."
+    while directory and not os.path.isdir(directory):
+        directory = os.path.dirname(directory) or "."
+    return Costs(
+        read=averaged * passes + sum(copy.nbytes for copy in copies),
+        write=sum(outcome.layout.nbytes for outcome in outcomes),
+        memory=BASE_BYTES + buffers,
+        free=free_bytes(directory),
+    )

@@ -1,0 +1,88 @@
+"""``OUT.ema.json``: where an output came from, and whether it is still the output it tells of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ema_cli.errors import EmaError
+from ema_cli.files import open_input, read_exact, read_small, write_durably
+
+SUFFIX = ".ema.json"
+SCHEMA = 1
+# One checksum per this many bytes of an output file.
+CHECKSUM_BYTES = 64 << 20
+_LIMIT = 256 << 20
+_SAMPLES = 16
+_SAMPLE_BYTES = 4096
+
+
+def path_for(output: str) -> str:
+    """Return where the provenance of `output` (a file or a folder) lies."""
+    return output.rstrip("/") + SUFFIX
+
+
+def fingerprint(files: Sequence[tuple[str, str]]) -> str:
+    """Return a digest that recognises an output without reading all of it.
+
+    SHA-256 over the name, the size and 16 evenly spread samples of 4 KiB of each (name, path).
+    It recognises; the checksums in the provenance prove.
+    """
+    digest = hashlib.sha256()
+    buffer = bytearray(_SAMPLE_BYTES)
+    for name, path in files:
+        fd = open_input(path)
+        try:
+            n_bytes = os.fstat(fd).st_size
+            digest.update(f"{name}\0{n_bytes}\0".encode("utf-8", "surrogateescape"))
+            last = max(n_bytes - _SAMPLE_BYTES, 0)
+            for k in range(_SAMPLES):
+                offset = last * k // (_SAMPLES - 1)
+                view = memoryview(buffer)[: min(_SAMPLE_BYTES, n_bytes - offset)]
+                read_exact(fd, view, offset, path)
+                digest.update(view)
+        finally:
+            os.close(fd)
+    return digest.hexdigest()
+
+
+def files_of(output: str, names: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the (name, path) pairs of an output whose files are called `names`."""
+    return [(name, os.path.join(output, name) if name else output) for name in names]
+
+
+def load(output: str) -> Mapping[str, Any] | None:
+    """Return the provenance of `output` if there is one and it still tells the truth."""
+    path = path_for(output)
+    if not os.path.isfile(path):
+        return None
+    try:
+        document = json.loads(read_small(path, _LIMIT))
+        described = document["output"]
+        names = [file["name"] for file in described["files"]]
+        if document["schema"] != SCHEMA or not all(_bare(name) for name in names):
+            return None
+        if fingerprint(files_of(output, names)) != described["fingerprint"]:
+            return None
+    except (EmaError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def _bare(name: Any) -> bool:
+    return type(name) is str and "/" not in name and "\0" not in name and name not in (".", "..")
+
+
+def save(output: str, document: Mapping[str, Any]) -> None:
+    """Write the provenance of `output` durably, in one rename."""
+    text = json.dumps(document, indent=1, ensure_ascii=True) + "\n"
+    write_durably(path_for(output), text.encode("ascii"))
+
+
+def digest_of(document: Any) -> str:
+    """Return the SHA-256 of a JSON document in canonical form."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()

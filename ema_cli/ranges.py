@@ -1,0 +1,166 @@
+"""Runs of bytes that are worked on as one: adjacent tensors that lie alike in every file.
+
+Twenty thousand small tensors saved in one order become one range; nothing is gained by knowing
+where one ends and the next begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from ema_cli.files import stamp_of
+from ema_cli.layout import AVERAGE, BIASED, COPY, Layout
+from ema_cli.tensors import DTYPES, Index, Stamp, Tensor
+
+
+class Target(NamedTuple):
+    """Where a range is written: the ordinal of an output file, and how."""
+
+    file: int
+    offset: int
+    part: str
+    dtype: str
+
+
+class Range(NamedTuple):
+    """Elements that are averaged together.
+
+    Attributes:
+        dtype: of the variables.
+        count: elements.
+        places: for each distinct index of the run, (file in the checkpoint, byte offset).
+        targets: for each distinct schedule, where its result goes.
+    """
+
+    dtype: str
+    count: int
+    places: tuple[tuple[int, int], ...]
+    targets: tuple[tuple[Target, ...], ...]
+
+
+class Copy(NamedTuple):
+    """Bytes that are copied: from an input file (by ordinal in the plan) to output files."""
+
+    nbytes: int
+    file: int
+    offset: int
+    targets: tuple[Target, ...]
+
+
+class Destination(NamedTuple):
+    """An output's layout, the schedule whose result it takes, and its first file's ordinal."""
+
+    layout: Layout
+    schedule: int
+    first_file: int
+
+
+def averaged_ranges(
+    tensors: Iterable[Tensor],
+    indexes: Sequence[Index],
+    destinations: Sequence[Destination],
+    schedules: int,
+) -> list[Range]:
+    """Return the ranges of the averaged `tensors`, given in the order of their bytes."""
+    wanted = _wanted(destinations, (AVERAGE, BIASED))
+    found: list[Range] = []
+    for tensor in tensors:
+        if tensor.count == 0:
+            continue
+        places = tuple(index.by_name[tensor.name].extent[:2] for index in indexes)
+        targets: list[list[Target]] = [[] for _ in range(schedules)]
+        for schedule, target in wanted.get(tensor.name, ()):
+            targets[schedule].append(target)
+        new = Range(tensor.dtype.name, tensor.count, places, tuple(map(tuple, targets)))
+        if found and _follows(found[-1], new):
+            found[-1] = found[-1]._replace(count=found[-1].count + new.count)
+        else:
+            found.append(new)
+    return found
+
+
+def _wanted(
+    destinations: Sequence[Destination], parts: tuple[str, ...]
+) -> dict[str, list[tuple[int, Target]]]:
+    """Return for each input tensor the (schedule, target) pairs it is written to."""
+    wanted: dict[str, list[tuple[int, Target]]] = {}
+    for layout, schedule, first_file in destinations:
+        for entry in layout.entries:
+            if entry.part in parts:
+                file, offset, _ = layout.places[entry.name]
+                target = Target(first_file + file, offset, entry.part, entry.dtype.name)
+                wanted.setdefault(entry.source, []).append((schedule, target))
+    return wanted
+
+
+def _follows(before: Range, after: Range) -> bool:
+    """Whether `after` begins where `before` ends in every input and in every output."""
+    nbytes = before.count * DTYPES[before.dtype].bits // 8
+    return (
+        before.dtype == after.dtype
+        and all(
+            file == after_file and offset + nbytes == after_offset
+            for (file, offset), (after_file, after_offset) in zip(
+                before.places, after.places, strict=True
+            )
+        )
+        and all(
+            len(mine) == len(others)
+            and all(_continues(a, b, before.count) for a, b in zip(mine, others, strict=True))
+            for mine, others in zip(before.targets, after.targets, strict=True)
+        )
+    )
+
+
+def _continues(before: Target, after: Target, count: int) -> bool:
+    nbytes = count if before.dtype == COPY else count * DTYPES[before.dtype].bits // 8
+    return before._replace(offset=before.offset + nbytes) == after
+
+
+def copied_ranges(
+    index: Index, destinations: Sequence[Destination], first_input: int
+) -> Iterator[Copy]:
+    """Yield what the outputs copy from the checkpoint of `index`, whose files start there."""
+    wanted = _wanted(destinations, (COPY,))
+    pending: Copy | None = None
+    for tensor in index.tensors:
+        targets = tuple(t._replace(dtype=COPY) for _, t in wanted.get(tensor.name, ()))
+        file, offset, nbytes = tensor.extent
+        if not targets or not nbytes:
+            continue
+        new = Copy(nbytes, first_input + file, offset, targets)
+        if pending is not None and _copy_follows(pending, new):
+            pending = pending._replace(nbytes=pending.nbytes + nbytes)
+            continue
+        if pending is not None:
+            yield pending
+        pending = new
+    if pending is not None:
+        yield pending
+
+
+def _copy_follows(before: Copy, after: Copy) -> bool:
+    return (
+        before.file == after.file
+        and before.offset + before.nbytes == after.offset
+        and len(before.targets) == len(after.targets)
+        and all(
+            _continues(a, b, before.nbytes)
+            for a, b in zip(before.targets, after.targets, strict=True)
+        )
+    )
+
+
+def side_copies(destinations: Sequence[Destination], inputs: list[Stamp]) -> Iterator[Copy]:
+    """Yield the side files the outputs copy whole; their stamps are appended to `inputs`."""
+    ordinals: dict[str, int] = {}
+    for layout, _, first_file in destinations:
+        for ordinal, file in enumerate(layout.files):
+            if not file.copy_of or not file.nbytes:
+                continue
+            if file.copy_of not in ordinals:
+                ordinals[file.copy_of] = len(inputs)
+                inputs.append(stamp_of(file.copy_of))
+            target = Target(first_file + ordinal, 0, COPY, COPY)
+            yield Copy(file.nbytes, ordinals[file.copy_of], 0, (target,))

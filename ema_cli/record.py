@@ -1,0 +1,97 @@
+"""A plan as JSON data: what ``plan --json`` prints and what provenance files keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ema_cli import machine, provenance
+from ema_cli.plan import Outcome, Plan
+from ema_cli.schedules import effective_count, mean_age
+
+
+def describe(plan: Plan, outcome: Outcome) -> dict[str, Any]:
+    """Return one average of a plan: inputs, schedule, tensors, output; no checksums yet."""
+    average, layout = outcome.average, outcome.layout
+    return {
+        "schema": provenance.SCHEMA,
+        "tool": machine.versions(),
+        "average": {
+            "label": average.label,
+            "spec": average.spec,
+            "num_updates": average.num_updates,
+            "init": average.init,
+            "zero_debias": average.zero_debias,
+            "shadow_dtype": plan.request.shadow_dtype,
+            "effective_checkpoints": effective_count(outcome.weights),
+            "mean_age": mean_age(outcome.weights, plan.run.steps),
+            "weight_sum": sum(outcome.weights),
+        },
+        "inputs": _inputs(plan, outcome),
+        "averaged": [tensor.name for tensor in outcome.selection.averaged],
+        "copied": [
+            {"name": choice.tensor.name, "reason": choice.reason}
+            for choice in outcome.selection.copied
+        ],
+        "left_out": [{"name": name, "reason": reason} for name, reason in layout.left_out],
+        "output": {
+            "path": layout.path,
+            "format": layout.format,
+            "layout": "template" if layout.template else "fresh",
+            "names": layout.names,
+            "name": plan.request.wishes.name,
+            "files": [{"name": file.name, "size": file.nbytes} for file in layout.files],
+        },
+    }
+
+
+def _inputs(plan: Plan, outcome: Outcome) -> list[dict[str, Any]]:
+    coefficients = plan.schedules[outcome.schedule].coefficients
+    rows = []
+    for k, checkpoint in enumerate(plan.run.checkpoints):
+        digests = checkpoint.index.header_digests
+        rows.append(
+            {
+                "path": checkpoint.path,
+                "step": checkpoint.step,
+                "coefficient": coefficients[k],
+                "weight": outcome.weights[k],
+                "files": [
+                    {"path": s.path, "size": s.size, "mtime_ns": s.mtime_ns, "header": digest}
+                    for s, digest in zip(checkpoint.files, digests, strict=True)
+                ],
+            }
+        )
+    return rows
+
+
+def plan_digest(plan: Plan, outcome: Outcome) -> str:
+    """Return what two plans share when they would write the same output.
+
+    Inputs count by name, size, time and header, not by directory; versions do not count.
+    """
+    document = describe(plan, outcome)
+    del document["tool"]
+    document["output"].pop("path")
+    for row in document["inputs"]:
+        row["path"] = row["path"].rstrip("/").rpartition("/")[2]
+        for file in row["files"]:
+            file["path"] = file["path"].rpartition("/")[2]
+    layout = outcome.layout
+    document["entries"] = [
+        [e.name, e.dtype.name, list(e.shape), e.part, e.source] for e in layout.entries
+    ]
+    return provenance.digest_of(document)
+
+
+def sealed(
+    document: dict[str, Any], digest: str, fingerprint: str, checksums: Sequence[Sequence[str]]
+) -> dict[str, Any]:
+    """Return `document` with what is known only when the output is finished."""
+    files = [
+        {**file, "crc32c": list(sums)}
+        for file, sums in zip(document["output"]["files"], checksums, strict=True)
+    ]
+    output = {**document["output"], "files": files, "fingerprint": fingerprint}
+    output["checksum_bytes"] = provenance.CHECKSUM_BYTES
+    return {**document, "output": output, "plan": digest}

@@ -1,0 +1,161 @@
+"""A copy of a checkpoint under other names: a plan that copies and averages nothing."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from ema_cli import machine, naming, provenance, ranges
+from ema_cli.errors import Disagreement
+from ema_cli.files import free_bytes
+from ema_cli.formats import read
+from ema_cli.layout import COPY, Entry, Layout, Wishes, lay_out_entries
+from ema_cli.naming import Role, role_of, shadow_of, variable_of
+from ema_cli.plan import BASE_BYTES, Costs, Plan, Request
+from ema_cli.ranges import Destination
+from ema_cli.runs import Run
+from ema_cli.selection import select
+from ema_cli.tensors import Checkpoint, Tensor
+from ema_cli.text import command, shorten
+
+TOWARDS = ("shadow", "variable")
+
+
+@dataclass(frozen=True, slots=True)
+class Renamed:
+    """What `ema_cli.rename` did.
+
+    Attributes:
+        path: of the copy.
+        renamed: (old name, new name) pairs.
+        replaced: variables whose place a shadow took.
+        left_out: tensors that belong to a shadow and have no place in the copy.
+        kept: how many tensors kept their names.
+    """
+
+    path: str
+    renamed: tuple[tuple[str, str], ...]
+    replaced: tuple[str, ...]
+    left_out: tuple[str, ...]
+    kept: int
+
+
+def make(request: Request, towards: str | None) -> tuple[Plan, Layout, Renamed]:
+    """Return the plan of a renamed copy, its layout, and what it renames."""
+    wishes, path = request.wishes, request.output or ""
+    checkpoint = read(request.paths[0], {})
+    if towards == "variable":
+        entries, replaced, left_out = _towards_variable(checkpoint, wishes)
+    elif towards == "shadow":
+        entries, replaced, left_out = _towards_shadow(checkpoint, wishes), [], []
+    else:
+        entries, replaced, left_out = [_kept(t) for t in checkpoint.index.tensors], [], []
+    rules = naming.compile_rules(wishes.rules)
+    entries = [e._replace(name=naming.apply_rules(e.name, rules)) for e in entries]
+    naming.check_distinct((entry.name, entry.source) for entry in entries)
+    changed = tuple((e.source, e.name) for e in entries if e.name != e.source)
+    if not changed and not wishes.rules and towards is not None:
+        raise _nothing(request, towards)
+    layout = lay_out_entries(path, checkpoint, entries, wishes)
+    renamed = Renamed(path, changed, tuple(replaced), tuple(left_out), len(entries) - len(changed))
+    return _plan(request, checkpoint, layout), layout, renamed
+
+
+def _nothing(request: Request, towards: str) -> Disagreement:
+    path, name = request.paths[0], request.wishes.name
+    if towards == "variable":
+        return Disagreement(
+            f"{shorten(path, 1000)}: no tensor is called <variable>/{shorten(name)}",
+            f"see the names with {command('ema-avg', 'inspect', path)}, and give the shadows' "
+            "name with --name",
+        )
+    return Disagreement(f"{shorten(path, 1000)}: no tensor would be renamed")
+
+
+def _kept(tensor: Tensor) -> Entry:
+    return Entry(tensor.name, tensor.dtype, tensor.shape, COPY, tensor.name)
+
+
+def _towards_variable(
+    checkpoint: Checkpoint, wishes: Wishes
+) -> tuple[list[Entry], list[str], list[str]]:
+    """A shadow takes its variable's name and place."""
+    by_name = checkpoint.index.by_name
+    shadows = {
+        variable: tensor
+        for tensor in checkpoint.index.tensors
+        if (variable := variable_of(tensor.name, wishes.name))
+    }
+    for variable, shadow in shadows.items():
+        mine = by_name.get(variable)
+        if mine is not None and mine.shape != shadow.shape:
+            raise Disagreement(
+                f"shadow '{shorten(shadow.name)}' has shape {list(shadow.shape)}, "
+                f"its variable {list(mine.shape)}"
+            )
+    entries = [_kept(t)._replace(name=v) for v, t in shadows.items()]
+    replaced, left_out = [], []
+    for tensor in checkpoint.index.tensors:
+        if tensor.name in shadows:
+            replaced.append(tensor.name)
+        elif role_of(tensor.name, wishes.name) is not Role.SHADOW:
+            entries.append(_kept(tensor))
+        elif variable_of(tensor.name, wishes.name) is None:
+            left_out.append(tensor.name)
+    return entries, replaced, left_out
+
+
+def _towards_shadow(checkpoint: Checkpoint, wishes: Wishes) -> list[Entry]:
+    """What would be averaged gets its shadow's name; statistics keep their own beside it."""
+    averaged = select(checkpoint.index, (), "average", wishes.name).averaged
+    names = {tensor.name for tensor in averaged}
+    entries = []
+    for tensor in checkpoint.index.tensors:
+        if tensor.name in names:
+            entries.append(_kept(tensor)._replace(name=shadow_of(tensor.name, wishes.name)))
+            if role_of(tensor.name, wishes.name) is not Role.STATISTICS:
+                continue
+        entries.append(_kept(tensor))
+    return entries
+
+
+def _plan(request: Request, checkpoint: Checkpoint, layout: Layout) -> Plan:
+    destination = [Destination(layout, 0, 0)]
+    inputs = list(checkpoint.files)
+    copies = list(ranges.copied_ranges(checkpoint.index, destination, 0))
+    copies += ranges.side_copies(destination, inputs)
+    costs = Costs(
+        sum(copy.nbytes for copy in copies),
+        layout.nbytes,
+        BASE_BYTES,
+        free_bytes(os.path.dirname(os.path.abspath(layout.path.rstrip("/")))),
+    )
+    run = Run((checkpoint,))
+    return Plan(request, run, (), (), tuple(inputs), (0,), (0,), (), tuple(copies), costs)
+
+
+def describe(layout: Layout, checkpoint: Checkpoint, renamed: Renamed) -> dict[str, Any]:
+    """Return the provenance of a renamed copy, without its checksums."""
+    return {
+        "schema": provenance.SCHEMA,
+        "tool": machine.versions(),
+        "renamed": [{"from": old, "to": new} for old, new in renamed.renamed],
+        "replaced": list(renamed.replaced),
+        "left_out": list(renamed.left_out),
+        "inputs": [
+            {
+                "path": checkpoint.path,
+                "step": checkpoint.step,
+                "files": [
+                    {"path": stamp.path, "size": stamp.size, "mtime_ns": stamp.mtime_ns}
+                    for stamp in checkpoint.files
+                ],
+            }
+        ],
+        "output": {
+            "path": layout.path,
+            "format": layout.format,
+            "files": [{"name": file.name, "size": file.nbytes} for file in layout.files],
+        },
+    }

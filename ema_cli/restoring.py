@@ -1,0 +1,145 @@
+"""What a restoring program asks for, held against what a checkpoint has."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ema_cli import formats
+from ema_cli.errors import InputError
+from ema_cli.files import read_small
+from ema_cli.naming import (
+    Restored,
+    Role,
+    Rule,
+    check_rules,
+    restore_map,
+    role_of,
+    ruling,
+    variable_of,
+)
+from ema_cli.tensors import Checkpoint, Index, Tensor, describe
+from ema_cli.text import near_misses, shorten
+
+_LIST_LIMIT = 16 << 20
+
+
+@dataclass(frozen=True)
+class RestoreMap:
+    """The rows of a restore map and what stands beside it.
+
+    Attributes:
+        rows: one per restore name.
+        orphans: shadows whose variable nobody asks for.
+        name: of the shadows.
+    """
+
+    rows: tuple[Restored, ...]
+    orphans: tuple[str, ...]
+    name: str
+
+    @property
+    def missing(self) -> tuple[Restored, ...]:
+        """Rows whose restore would fail."""
+        return tuple(row for row in self.rows if row.source in ("missing", "mismatch"))
+
+
+def restored(
+    checkpoint: Checkpoint,
+    program: str | Sequence[str] | None,
+    rules: Sequence[Rule],
+    name: str,
+) -> RestoreMap:
+    """Return the restore map of `checkpoint`; see `ema_cli.restore_map`."""
+    saved = checkpoint.index
+    if program is None:
+        variables = _variables(saved, name)
+        check_rules(rules, variables)
+        rows = restore_map(saved.by_name, _averaged(variables, rules, name), name)
+    elif isinstance(program, str) and _is_checkpoint(program):
+        asking = formats.read(program, {}).index
+        variables = _variables(asking, name)
+        check_rules(rules, variables)
+        rows = restore_map(saved.by_name, _averaged(variables, rules, name), name)
+        rows = [_fitting(row, variables.get(row.variable), saved) for row in rows]
+    else:
+        asked = _list(program) if isinstance(program, str) else list(program)
+        rows = [_literal(wanted, saved, name) for wanted in asked]
+    found = {row.restore_name for row in rows}
+    variables_asked = {row.variable for row in rows}
+    orphans = tuple(
+        tensor
+        for tensor in saved.by_name
+        if tensor not in found and (variable_of(tensor, name) or "") not in ("", *variables_asked)
+    )
+    return RestoreMap(tuple(rows), orphans, name)
+
+
+def _is_checkpoint(path: str) -> bool:
+    return os.path.exists(path) and formats.detect(path) is not None
+
+
+def _variables(index: Index, name: str) -> Mapping[str, Tensor]:
+    """Return the variables a checkpoint tells of: plain ones, and those only a shadow tells of."""
+    variables: dict[str, Tensor] = {}
+    for tensor in index.tensors:
+        if role_of(tensor.name, name) is not Role.SHADOW:
+            variables[tensor.name] = tensor
+        elif (variable := variable_of(tensor.name, name)) is not None:
+            variables.setdefault(variable, tensor)
+    return variables
+
+
+def _averaged(
+    variables: Mapping[str, Tensor], rules: Sequence[Rule], name: str
+) -> dict[str, bool]:
+    """Return for each variable whether it is asked for under its shadow name.
+
+    As TensorFlow has it: the trainable variables, not the statistics; rules override.
+    """
+    averaged = {}
+    for variable, tensor in variables.items():
+        rule = ruling(rules, variable)
+        by_role = role_of(variable, name) is Role.VARIABLE and tensor.dtype.averaged
+        averaged[variable] = by_role if rule is None else rule.include
+    return averaged
+
+
+def _fitting(row: Restored, wanted: Tensor | None, saved: Index) -> Restored:
+    """Return the row, marked when dtype or shape would make the restore fail."""
+    tensor = saved.by_name.get(row.restore_name)
+    if tensor is None or wanted is None:
+        return row
+    if (tensor.dtype, tensor.shape) == (wanted.dtype, wanted.shape):
+        return row
+    expected, found = (describe(t.dtype, t.shape) for t in (wanted, tensor))
+    return row._replace(source="mismatch", note=f"expected {expected}, found {found}")
+
+
+def _list(path: str) -> list[str]:
+    """Return the restore names of a text file, one per line; ``:0`` of graph tensors is cut."""
+    try:
+        text = read_small(path, _LIST_LIMIT).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{shorten(path)}: not UTF-8: byte {error.start}") from None
+    return names_in(text.splitlines())
+
+
+def names_in(lines: Iterable[str]) -> list[str]:
+    """Return the names in the lines of a list, blank lines and repetitions left out."""
+    stripped = (line.strip().removesuffix(":0") for line in lines)
+    return list(dict.fromkeys(line for line in stripped if line))
+
+
+def _literal(wanted: str, saved: Index, name: str) -> Restored:
+    """Return the row of a restore name that is asked for literally."""
+    variable = variable_of(wanted, name)
+    if wanted in saved.by_name:
+        return Restored(wanted, variable or wanted, "plain" if variable is None else "shadow")
+    other = variable if variable is not None else f"{wanted}/{name}"
+    if other in saved.by_name:
+        return Restored(wanted, variable or wanted, "missing", f"'{shorten(other)}' is saved")
+    close = near_misses(wanted, saved.by_name)
+    note = f"did you mean '{shorten(close[0])}'" if close else ""
+    return Restored(wanted, variable or wanted, "missing", note)

@@ -1,0 +1,321 @@
+"""Finds the checkpoints of a run, orders them by step, and says what it passed over and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob as globbing
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ema_cli import formats, provenance
+from ema_cli.errors import Disagreement, InputError, NothingToAverage, UsageError
+from ema_cli.files import temporaries_of
+from ema_cli.formats import Known, sharded
+from ema_cli.steps import compile_step_from, step_from_name, stored_step
+from ema_cli.tensors import Checkpoint
+from ema_cli.text import command, plural, shorten
+
+ORDERS = ("step", "given")
+
+_ALIAS = re.compile(r"(?:last|latest|best|final|current|newest)(?:[._-]|$)", re.IGNORECASE)
+_TEMPORARY = re.compile(
+    r"(?:^|[._-])(?:tmp|temp|partial|incomplete)(?:[._-]|$)|\.part$|~$|^tmp", re.IGNORECASE
+)
+_NUMBERED_FOLDER = re.compile(
+    r"(?:checkpoint|ckpt|step|iter(?:ation)?)s?[=_-]?\d+$|^\d+$", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which checkpoints of the input to take; the options of the same names."""
+
+    glob: str | None = None
+    last: int | None = None
+    steps: tuple[int | None, int | None, int | None] | None = None
+    step_from: str | None = None
+    order: str = "step"
+
+
+@dataclass(frozen=True, slots=True)
+class PassedOver:
+    """An entry of a run directory that was not taken.
+
+    Attributes:
+        path: the entry.
+        reason: why, one clause.
+        unusable: it looks like a checkpoint that should have been usable (exit code 3).
+    """
+
+    path: str
+    reason: str
+    unusable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The successive checkpoints of one training, in order, every step known and distinct.
+
+    `searched` tells whether they were found in a directory rather than named one by one.
+    """
+
+    checkpoints: tuple[Checkpoint, ...]
+    passed_over: tuple[PassedOver, ...] = ()
+    notes: tuple[str, ...] = ()
+    searched: bool = False
+
+    @property
+    def steps(self) -> list[int]:
+        """The step of each checkpoint."""
+        return [checkpoint.step or 0 for checkpoint in self.checkpoints]
+
+
+def find(paths: Sequence[str], choice: Choice, known: Known | None = None) -> Run:
+    """Return the run in a directory, or the one made of several checkpoints.
+
+    Raises `InputError` for a checkpoint that was named and cannot be used, `Disagreement` for
+    steps that are missing or equal, `NothingToAverage` when nothing is left.
+    """
+    if choice.last is not None and choice.last < 1:
+        raise UsageError(f"--last: expected at least 1, found {choice.last}")
+    known = {} if known is None else known
+    for path in paths:
+        if not os.path.lexists(path):
+            raise InputError(f"{shorten(path, 1000)}: no such file or directory")
+    if len(paths) == 1 and os.path.isdir(paths[0]) and is_run(paths[0], choice):
+        found = _search(paths[0], choice, known)
+    else:
+        found = _named(paths, choice, known)
+    found = _filtered(_ordered(found, choice, explicit=not found.searched), choice)
+    if not found.checkpoints:
+        raise _nothing(paths, found.passed_over)
+    return found
+
+
+def is_run(path: str, choice: Choice) -> bool:
+    """Whether a directory holds checkpoints rather than being one itself."""
+    if choice.glob is not None:
+        return True
+    indexes, weights = sharded.contents(path)
+    if not indexes and (len(weights) != 1 or step_from_name(weights[0]) is not None):
+        return True
+    return any(
+        entry.is_dir() and _NUMBERED_FOLDER.search(entry.name) and sharded.is_checkpoint(entry.path)
+        for entry in os.scandir(path)
+    )
+
+
+def _nothing(paths: Sequence[str], passed_over: Sequence[PassedOver]) -> NothingToAverage:
+    where = ", ".join(shorten(path, 1000) for path in paths[:3])
+    reasons = [f"{shorten(p.path, 1000)}: {p.reason}" for p in passed_over[:5]]
+    if len(passed_over) > 5:
+        reasons.append(f"and {len(passed_over) - 5:,} more")
+    return NothingToAverage(
+        f"{where}: no usable checkpoint" + (f" ({'; '.join(reasons)})" if reasons else ""),
+        f"look at the directory with {command('ema-avg', 'inspect', *paths[:1])}",
+    )
+
+
+# ---------------------------------------------------------------------------- a directory
+
+
+def _search(root: str, choice: Choice, known: Known) -> Run:
+    entries = sorted(os.listdir(root))
+    candidates, passed_over = _candidates(root, entries, choice)
+    siblings = {os.path.realpath(os.path.join(root, name)) for name in candidates}
+    checkpoints: list[Checkpoint] = []
+    seen: set[tuple[int, int]] = set()
+    for name in candidates:
+        path = os.path.join(root, name)
+        outcome = _reason_by_name(path, siblings) or _reason_by_identity(path, seen)
+        taken = outcome or _read(path, choice, known)
+        if isinstance(taken, Checkpoint):
+            checkpoints.append(taken)
+        else:
+            passed_over.append(taken)
+    return _settle(root, checkpoints, passed_over)
+
+
+def _candidates(
+    root: str, entries: Sequence[str], choice: Choice
+) -> tuple[list[str], list[PassedOver]]:
+    if choice.glob is None:
+        return list(entries), []
+    matched = sorted(globbing.glob(choice.glob, root_dir=root))
+    firsts = {name.split("/", 1)[0] for name in matched}
+    skipped = [
+        PassedOver(os.path.join(root, name), "not matched by --glob")
+        for name in entries
+        if name not in firsts
+    ]
+    return matched, skipped
+
+
+def _reason_by_name(path: str, siblings: set[str]) -> PassedOver | None:
+    name = os.path.basename(path)
+    bare = name.lstrip(".")
+    reason = ""
+    if any(temporaries_of([name])):
+        reason = "left by an interrupted run of ema-avg"
+    elif name.endswith(provenance.SUFFIX):
+        reason = "tells where an output came from"
+    elif name.startswith("."):
+        reason = "hidden"
+    elif _TEMPORARY.search(bare):
+        reason = "a temporary name: still being written, or left over"
+    elif os.path.islink(path) and os.path.realpath(path) in siblings - {os.path.abspath(path)}:
+        reason = "a link to another entry"
+    elif _ALIAS.match(name) and step_from_name(name) is None:
+        reason = "an alias: its name tells no step"
+    elif provenance.load(path) is not None:
+        reason = "an output of ema-avg"
+    return PassedOver(path, reason) if reason else None
+
+
+def _reason_by_identity(path: str, seen: set[tuple[int, int]]) -> PassedOver | None:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        return PassedOver(path, os.strerror(error.errno or 0), unusable=_promising(path))
+    identity = (status.st_dev, status.st_ino)
+    if identity in seen:
+        return PassedOver(path, "a link to another entry")
+    seen.add(identity)
+    return None
+
+
+def _promising(path: str) -> bool:
+    """Whether the name alone says that a checkpoint is meant."""
+    return any(path.endswith(f.suffix) for f in formats.FORMATS.values() if f.suffix)
+
+
+def _read(path: str, choice: Choice, known: Known) -> Checkpoint | PassedOver:
+    try:
+        if formats.detect(path) is None:
+            return _foreign(path)
+        return _with_step(formats.read(path, known), choice)
+    except InputError as error:
+        reason = error.message.removeprefix(f"{shorten(path, 1000)}: ")
+        return PassedOver(path, reason, unusable=_promising(path) or os.path.isdir(path))
+
+
+def _foreign(path: str) -> PassedOver:
+    if os.path.isdir(path):
+        _, weights = sharded.contents(path)
+        if weights:
+            reason = f"{plural(len(weights), 'weights file')} and no index"
+            return PassedOver(path, reason, unusable=True)
+        return PassedOver(path, "a folder without weights")
+    title = formats.FOREIGN_SUFFIXES.get(os.path.splitext(path)[1])
+    return PassedOver(path, f"{title}: not read by this version" if title else "not a checkpoint")
+
+
+def _with_step(checkpoint: Checkpoint, choice: Choice) -> Checkpoint:
+    """Return the checkpoint with its step: the stored one wins, a name that differs is noted."""
+    told = step_from_name(checkpoint.name, compile_step_from(choice.step_from))
+    stored = stored_step(checkpoint)
+    if stored is None or choice.step_from is not None and told is not None:
+        return dataclasses.replace(checkpoint, step=told)
+    notes = checkpoint.notes
+    if told is not None and told != stored.value:
+        where = shorten(checkpoint.path, 1000)
+        notes += (f"{where}: its {stored.source} says step {stored.value}, its name says {told}",)
+    return dataclasses.replace(checkpoint, step=stored.value, notes=notes)
+
+
+def _settle(root: str, checkpoints: list[Checkpoint], passed_over: list[PassedOver]) -> Run:
+    """Pass over unnumbered weights beside numbered folders; tell the newest when incomplete."""
+    numbered_folders = any(c.step is not None and os.path.isdir(c.path) for c in checkpoints)
+    taken = []
+    for checkpoint in checkpoints:
+        at_root = os.path.dirname(checkpoint.path) == root.rstrip("/")
+        if checkpoint.step is None and numbered_folders and at_root and os.path.isfile(checkpoint.path):
+            passed_over.append(PassedOver(checkpoint.path, "unnumbered weights at the run's root"))
+        else:
+            taken.append(checkpoint)
+    newest = max((c.step for c in taken if c.step is not None), default=-1)
+    marked = tuple(_mark_newest(entry, newest) for entry in passed_over)
+    return Run(tuple(taken), marked, searched=True)
+
+
+def _mark_newest(entry: PassedOver, newest: int) -> PassedOver:
+    """A numbered folder without weights is a checkpoint being written if it is the newest."""
+    name = os.path.basename(entry.path)
+    if entry.reason == "a folder without weights" and _NUMBERED_FOLDER.search(name):
+        step = step_from_name(name)
+        if step is not None and step > newest:
+            return PassedOver(entry.path, "the newest, but it holds no weights yet", unusable=True)
+    return entry
+
+
+# ---------------------------------------------------------------------------- named checkpoints
+
+
+def _named(paths: Sequence[str], choice: Choice, known: Known) -> Run:
+    checkpoints = [_with_step(formats.read(path, known), choice) for path in paths]
+    if all(checkpoint.step is None for checkpoint in checkpoints):
+        note = "no steps found: the given order counts, one step each"
+        numbered = [dataclasses.replace(c, step=k) for k, c in enumerate(checkpoints, start=1)]
+        return Run(tuple(numbered), notes=(note,) if len(numbered) > 1 else ())
+    return Run(tuple(checkpoints))
+
+
+# ---------------------------------------------------------------------------- order and selection
+
+
+def _ordered(run: Run, choice: Choice, *, explicit: bool) -> Run:
+    _check_steps(run.checkpoints)
+    notes = [*run.notes, *(note for checkpoint in run.checkpoints for note in checkpoint.notes)]
+    checkpoints = run.checkpoints
+    if choice.order == "step":
+        checkpoints = tuple(sorted(checkpoints, key=lambda c: c.step or 0))
+        if explicit and checkpoints != run.checkpoints:
+            notes.append("sorted by step, which is not the given order (--order given keeps it)")
+    return dataclasses.replace(run, checkpoints=checkpoints, notes=tuple(notes))
+
+
+def _check_steps(checkpoints: Sequence[Checkpoint]) -> None:
+    by_step: dict[int, Checkpoint] = {}
+    for checkpoint in checkpoints:
+        shown = shorten(checkpoint.path, 1000)
+        if checkpoint.step is None:
+            raise Disagreement(
+                f"{shown}: no step: none is stored inside and its name tells none",
+                "give --step-from 'REGEX' whose first group is the step, or leave the file out "
+                "with --glob",
+            )
+        other = by_step.setdefault(checkpoint.step, checkpoint)
+        if other is not checkpoint:
+            raise Disagreement(
+                f"step {checkpoint.step:,} twice: {shorten(other.path, 1000)} and {shown}",
+                "choose one of them with --glob",
+            )
+
+
+def _filtered(run: Run, choice: Choice) -> Run:
+    """Apply ``--steps`` (both ends included, every C-th from A) and then ``--last``."""
+    kept = list(run.checkpoints)
+    dropped: list[PassedOver] = []
+
+    def keep(test: Callable[[Checkpoint], bool], reason: str) -> None:
+        dropped.extend(PassedOver(c.path, reason) for c in kept if not test(c))
+        kept[:] = [c for c in kept if test(c)]
+
+    if choice.steps is not None:
+        start, stop, stride = choice.steps
+        low = start or 0
+
+        def inside(checkpoint: Checkpoint) -> bool:
+            step = checkpoint.step or 0
+            in_range = low <= step and (stop is None or step <= stop)
+            return in_range and (step - low) % (stride or 1) == 0
+
+        keep(inside, "outside --steps")
+    if choice.last is not None:
+        newest = {id(c) for c in kept[-choice.last :]}
+        keep(lambda c: id(c) in newest, f"older than the last {choice.last}")
+    return dataclasses.replace(
+        run, checkpoints=tuple(kept), passed_over=(*run.passed_over, *dropped)
+    )

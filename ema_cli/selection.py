@@ -1,0 +1,197 @@
+"""Which tensors are averaged, copied from the last checkpoint, or left out, and why."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ema_cli.errors import Disagreement, NothingToAverage, UnsupportedInput
+from ema_cli.naming import Role, Rule, check_rules, matches, role_of, ruling
+from ema_cli.tensors import Checkpoint, Index, Tensor, describe
+from ema_cli.text import near_misses, shorten
+
+STATISTICS = ("average", "copy")
+
+# Tensors that stand beside packed or 8 bit weights and scale them.
+_SCALES = re.compile(r"(?:^|[._/])(?:weight_scale(?:_inv)?|scales|qzeros|g_idx|absmax|quant_map)$")
+
+
+class Choice(NamedTuple):
+    """A tensor with what happens to it and why."""
+
+    tensor: Tensor
+    action: str
+    reason: str
+
+
+AVERAGED = "averaged"
+COPIED = "copied"
+OPTIMIZER = "optimizer"
+REPLACED = "replaced"
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """What happens to every tensor of one index.
+
+    Attributes:
+        averaged: variables and statistics, in the order of their bytes.
+        copied: taken bit for bit from the last checkpoint, each with its reason.
+        optimizer: optimizer state, kept or dropped with the layout.
+        replaced: shadows of our own name, which the result replaces.
+    """
+
+    averaged: tuple[Tensor, ...]
+    copied: tuple[Choice, ...]
+    optimizer: tuple[Tensor, ...]
+    replaced: tuple[Tensor, ...]
+
+
+def select(index: Index, rules: Sequence[Rule], statistics: str, name: str) -> Selection:
+    """Return what happens to each tensor of `index`; `name` is that of the shadows.
+
+    Raises `Disagreement` for a rule that asks for what cannot be averaged, `UnsupportedInput`
+    for quantised models, `NothingToAverage` when no tensor is averaged.
+    """
+    check_rules(rules, index.by_name.keys())
+    _refuse_named(rules, index)
+    choices = [_choose(tensor, rules, statistics, name) for tensor in index.tensors]
+    _refuse_quantized(choices, index)
+
+    def taken(action: str) -> tuple[Tensor, ...]:
+        return tuple(choice.tensor for choice in choices if choice.action == action)
+
+    if not taken(AVERAGED):
+        raise NothingToAverage(
+            f"none of the {len(index.tensors):,} tensors is averaged",
+            "see what they are with ema-avg inspect, and choose some with --include 'GLOB'",
+        )
+    copied = tuple(choice for choice in choices if choice.action == COPIED)
+    return Selection(taken(AVERAGED), copied, taken(OPTIMIZER), taken(REPLACED))
+
+
+def _choose(tensor: Tensor, rules: Sequence[Rule], statistics: str, name: str) -> Choice:
+    role = role_of(tensor.name, name)
+    rule = ruling(rules, tensor.name)
+    if not tensor.dtype.averaged:
+        return _choose_exact(tensor, role, rule)
+    if rule is not None:
+        return Choice(tensor, AVERAGED if rule.include else COPIED, rule.option)
+    match role:
+        case Role.VARIABLE:
+            return Choice(tensor, AVERAGED, role.value)
+        case Role.STATISTICS if statistics == "average":
+            return Choice(tensor, AVERAGED, role.value)
+        case Role.STATISTICS:
+            return Choice(tensor, COPIED, "--statistics copy")
+        case Role.OPTIMIZER:
+            return Choice(tensor, OPTIMIZER, role.value)
+        case Role.SHADOW:
+            return Choice(tensor, REPLACED, "replaced by this average")
+        case _:
+            return Choice(tensor, COPIED, role.value)
+
+
+def _choose_exact(tensor: Tensor, role: Role, rule: Rule | None) -> Choice:
+    """Choose for a dtype that is never averaged."""
+    if role is Role.OPTIMIZER and rule is None:
+        return Choice(tensor, OPTIMIZER, role.value)
+    excluded = rule is not None and not rule.include
+    if tensor.dtype.floating and not excluded:
+        return Choice(tensor, "refused", "")
+    return Choice(tensor, COPIED, f"{tensor.dtype} is never averaged")
+
+
+def _refuse_named(rules: Sequence[Rule], index: Index) -> None:
+    """An integer variable that is named without a wildcard was meant: TensorFlow's TypeError."""
+    for rule in rules:
+        tensor = index.by_name.get(rule.pattern)
+        if rule.include and tensor is not None and not tensor.dtype.averaged:
+            raise Disagreement(
+                f"{rule.option}: expected float16, bfloat16, float32 or float64, "
+                f"found {tensor.dtype}",
+                "leave it out: integers and the like are copied from the last checkpoint",
+            )
+
+
+def _refuse_quantized(choices: Iterable[Choice], index: Index) -> None:
+    refused = next((choice.tensor for choice in choices if choice.action == "refused"), None)
+    scale = next((t.name for t in index.tensors if _SCALES.search(t.name)), None)
+    packed = refused is not None or any(
+        t.name.endswith(("qweight", "weight_packed")) for t in index.tensors
+    )
+    if scale is not None and packed:
+        raise UnsupportedInput(
+            f"the model is quantised: '{shorten(scale)}' scales packed weights, and an average of "
+            "quantised numbers is none",
+            "dequantise the checkpoints first, then average the result",
+        )
+    if refused is not None:
+        raise UnsupportedInput(
+            f"tensor '{shorten(refused.name)}': expected float16, bfloat16, float32 or float64, "
+            f"found {refused.dtype}",
+            f"copy it from the last checkpoint: --exclude '{shorten(refused.name)}'",
+        )
+
+
+def check_agreement(
+    selection: Selection,
+    last: Checkpoint,
+    others: Iterable[Checkpoint],
+    rules: Sequence[Rule],
+    statistics: str,
+    name: str,
+) -> None:
+    """Raise `Disagreement` unless all checkpoints hold the same averaged tensors.
+
+    Same names, shapes and dtypes; names the checkpoint, the tensor, what was expected and found.
+    """
+    wanted = {t.name: (t.dtype, t.shape) for t in selection.averaged}
+    checked = {id(last.index)}
+    for checkpoint in others:
+        if id(checkpoint.index) in checked:
+            continue
+        checked.add(id(checkpoint.index))
+        where = shorten(checkpoint.path, 1000)
+        for tensor_name, expected in wanted.items():
+            _check_tensor(where, tensor_name, expected, checkpoint.index)
+        for tensor in checkpoint.index.tensors:
+            if tensor.name not in wanted and tensor.name not in last.index.by_name:
+                if _choose(tensor, rules, statistics, name).action == AVERAGED:
+                    raise Disagreement(
+                        f"{shorten(last.path, 1000)}: tensor '{shorten(tensor.name)}' is missing: "
+                        f"{where} has {describe(tensor.dtype, tensor.shape)}",
+                        _exclude_hint(tensor.name),
+                    )
+
+
+def _check_tensor(where: str, name: str, expected: tuple[object, ...], index: Index) -> None:
+    tensor = index.by_name.get(name)
+    shown = describe(*expected)  # type: ignore[arg-type]
+    if tensor is None:
+        close = near_misses(name, index.by_name)
+        found = f"; it has '{shorten(close[0])}'" if close else ""
+        raise Disagreement(
+            f"{where}: tensor '{shorten(name)}' is missing: expected {shown}{found}",
+            _exclude_hint(name),
+        )
+    if (tensor.dtype, tensor.shape) != expected:
+        raise Disagreement(
+            f"{where}: tensor '{shorten(name)}': expected {shown} as in the last checkpoint, "
+            f"found {describe(tensor.dtype, tensor.shape)}",
+            _exclude_hint(name),
+        )
+
+
+def _exclude_hint(name: str) -> str:
+    return (
+        f"copy it from the last checkpoint with --exclude '{shorten(name)}', or take fewer "
+        "checkpoints with --steps or --last"
+    )
+
+
+def matched(patterns: Sequence[str], tensors: Iterable[str]) -> list[str]:
+    """Return those of `tensors` that any of the globs matches, in order."""
+    return [name for name in tensors if any(matches(pattern, name) for pattern in patterns)]

@@ -1,0 +1,119 @@
+"""The training step of a checkpoint: stored inside, or told by its name. Numbers, never mtimes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from ema_cli.errors import InputError, UsageError
+from ema_cli.files import open_input, read_exact, read_small
+from ema_cli.naming import STEP_NAMES
+from ema_cli.tensors import Checkpoint, Tensor, numpy_dtype
+from ema_cli.text import shorten
+
+TRAINER_STATE = "trainer_state.json"
+_TRAINER_STATE_LIMIT = 16 << 20
+_LARGEST_STEP = 1 << 62
+
+_SUFFIX = re.compile(r"(?:\.(?:safetensors|index|json|pt|pth|ckpt|bin|h5|keras|npz|weights))+$")
+# What looks like a number and is no step: metrics, versions, shard counts, decimals.
+_NOISE = re.compile(
+    r"-\d{5}-of-\d{5}"
+    r"|-v\d+(?=[._-]|$)"
+    r"|(?:val_|train_|test_|eval_)?(?:loss|acc|accuracy|wer|bleu|ppl|f1|auc|map|score|metric)"
+    r"[=_-]?\d+(?:\.\d+)?"
+    r"|\d+\.\d+"
+)
+# Labels that introduce a step, best first.
+_LABELS = tuple(
+    re.compile(rf"(?:^|[^a-z])(?:{label})[=_-]?(\d+)(?![\d.]*[a-z]?=)", re.IGNORECASE)
+    for label in (r"global[_-]?steps?|steps?", r"iterations?|iters?", r"checkpoint|ckpt|chkpt")
+)
+_EPOCH = re.compile(r"(?:^|[^a-z])epochs?[=_-]?(\d+)", re.IGNORECASE)
+_NUMBER = re.compile(r"\d+")
+
+
+class Step(NamedTuple):
+    """A step and where it was found."""
+
+    value: int
+    source: str
+
+
+def step_from_name(name: str, expression: re.Pattern[str] | None = None) -> int | None:
+    """Return the step a file or folder name tells, or None.
+
+    Args:
+        name: without its directory.
+        expression: the user's own ``--step-from``: its first group, or else the whole match.
+    """
+    if expression is not None:
+        found = expression.search(name)
+        digits = found and (found[1] if expression.groups else found[0])
+        return int(digits) if digits and digits.isdecimal() else None
+    text = _NOISE.sub(" ", _SUFFIX.sub("", name))
+    for label in _LABELS:
+        if match := label.search(text):
+            return int(match[1])
+    epochs = _EPOCH.findall(text)
+    numbers = _NUMBER.findall(_EPOCH.sub(" ", text))
+    if len(numbers) == 1:
+        return int(numbers[0])
+    return int(epochs[0]) if not numbers and len(epochs) == 1 else None
+
+
+def compile_step_from(text: str | None) -> re.Pattern[str] | None:
+    """Return the compiled ``--step-from`` expression; raises `UsageError`."""
+    if text is None:
+        return None
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise UsageError(f"--step-from '{shorten(text)}': {error}") from None
+
+
+def stored_step(checkpoint: Checkpoint) -> Step | None:
+    """Return the step saved in the checkpoint itself, or None.
+
+    A scalar tensor called ``global_step``, ``step`` or ``iterations``; else ``global_step`` of the
+    ``trainer_state.json`` that lies in a checkpoint's folder.
+    """
+    for name in STEP_NAMES:
+        tensor = checkpoint.index.by_name.get(name)
+        if tensor is not None and tensor.count == 1 and tensor.dtype.bits >= 8:
+            value = _scalar(checkpoint, tensor)
+            if value is not None:
+                return Step(value, f"tensor {name}")
+    folder = checkpoint.path if os.path.isdir(checkpoint.path) else None
+    return _trainer_step(os.path.join(folder, TRAINER_STATE)) if folder else None
+
+
+def _scalar(checkpoint: Checkpoint, tensor: Tensor) -> int | None:
+    """Return the non-negative integer stored in a one-element tensor, or None."""
+    stamp = checkpoint.files[tensor.extent.file]
+    raw = bytearray(tensor.extent.nbytes)
+    fd = open_input(stamp.path)
+    try:
+        read_exact(fd, memoryview(raw), tensor.extent.offset, stamp.path)
+    finally:
+        os.close(fd)
+    value = np.frombuffer(raw, numpy_dtype(tensor.dtype.name))[0]
+    if tensor.dtype.name in ("bool", "complex64"):
+        return None
+    number = float(value) if tensor.dtype.floating else int(value)
+    return int(number) if 0 <= number < _LARGEST_STEP and number == number // 1 else None
+
+
+def _trainer_step(path: str) -> Step | None:
+    if not os.path.isfile(path):
+        return None
+    try:
+        document = json.loads(read_small(path, _TRAINER_STATE_LIMIT))
+    except (InputError, ValueError, RecursionError):
+        return None
+    value = document.get("global_step") if isinstance(document, dict) else None
+    return Step(value, TRAINER_STATE) if type(value) is int and 0 <= value < _LARGEST_STEP else None

@@ -1,0 +1,63 @@
+"""How names, numbers and sizes are written for people: safe, short, the same everywhere."""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from collections.abc import Iterable
+
+
+def printable(name: str) -> str:
+    r"""Return `name` safe to show: control bytes, escapes and lone surrogates become ``\xNN``.
+
+    Names come from files and are hostile until shown this way: a tensor name may hold terminal
+    escape sequences or newlines.
+    """
+    if name.isprintable():
+        return name
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for c in name
+    )
+
+
+def shorten(name: str, limit: int = 200) -> str:
+    """Return a printable `name` of at most about `limit` characters, for error messages only."""
+    if len(name) > limit:
+        return f"{printable(name[: limit - 40])}… ({len(name)} characters)"
+    return printable(name)
+
+
+def plural(count: int, noun: str) -> str:
+    """Return ``"1 tensor"``, ``"2 tensors"``, ``"12,000 tensors"``."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def size(n_bytes: int) -> str:
+    """Return a size in binary units: ``"512 bytes"``, ``"1.5 MiB"``."""
+    if n_bytes < 1024:
+        return plural(n_bytes, "byte")
+    value = float(n_bytes)
+    for unit in ("KiB", "MiB", "GiB", "TiB", "PiB"):
+        value /= 1024
+        if value < 1024:
+            break
+    return f"{value:.1f} {unit}"
+
+
+def percent(share: float) -> str:
+    """Return a share as a percentage with a precision that keeps small weights visible."""
+    value = share * 100
+    if value == 0 or abs(value) >= 0.1:
+        return f"{value:.1f} %"
+    return f"{value:.2g} %"
+
+
+def command(*words: str) -> str:
+    """Return a shell command line with every word quoted as the shell needs it."""
+    return " ".join(shlex.quote(printable(word)) for word in words)
+
+
+def near_misses(name: str, known: Iterable[str]) -> list[str]:
+    """Return up to three of `known` that look like `name`, for did-you-mean hints."""
+    return difflib.get_close_matches(name, list(known)[:5000], n=3, cutoff=0.5)

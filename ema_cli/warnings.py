@@ -1,0 +1,187 @@
+"""What a plan warns about: stable codes, each with the finished command that helps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from ema_cli import kernel
+from ema_cli.plan import Outcome, Plan, Request
+from ema_cli.schedules import Average, Ema, HalfLife, Power, one_minus_decay, schedule
+from ema_cli.tensors import DTYPES
+from ema_cli.text import command, percent, plural, size
+
+# With init=zeros or zero_debias and num_updates the weights miss 1 by far more than rounding.
+_SUM_TOLERANCE = 1e-3
+_SIGNIFICAND = {"float16": 11, "bfloat16": 8}
+
+
+class PlanWarning(NamedTuple):
+    """Something that is probably not meant; `code` is stable."""
+
+    code: str
+    message: str
+    hint: str = ""
+
+
+def warnings(plan: Plan) -> list[PlanWarning]:
+    """Return the warnings of a plan, in the order of its averages."""
+    found: list[PlanWarning] = []
+    for outcome in plan.outcomes:
+        found.extend(_dominance(plan, outcome))
+        found.extend(_ramp(plan, outcome))
+        found.extend(_sum(outcome))
+        found.extend(_frozen(plan, outcome))
+        found.extend(_names(plan.request, outcome))
+    if len(plan.run.checkpoints) == 1:
+        path = plan.run.checkpoints[0].path
+        found.insert(0, PlanWarning("one-checkpoint", f"one checkpoint: the result is {path} itself"))
+    if plan.costs.write > plan.costs.free:
+        needed, free = size(plan.costs.write), size(plan.costs.free)
+        found.append(PlanWarning("disk-space", f"the output needs {needed}, the disk has {free} free"))
+    return found
+
+
+def _active(outcome: Outcome, plan: Plan) -> list[int]:
+    coefficients = plan.schedules[outcome.schedule].coefficients
+    return [k for k, c in enumerate(coefficients) if c]
+
+
+def _dominance(plan: Plan, outcome: Outcome) -> Iterator[PlanWarning]:
+    """The field's classic: a decay meant per training step, applied once per checkpoint."""
+    active = _active(outcome, plan)
+    inside = _inside(outcome.average, plan)
+    if len(inside) < 2 or not active:
+        return
+    family = outcome.average.family
+    first, last = outcome.weights[active[0]], outcome.weights[inside[-1]]
+    if isinstance(family, Ema | HalfLife | Power) and active[0] == inside[0] and first > 0.5:
+        yield PlanWarning(
+            "first-dominates",
+            f"average '{outcome.average.label}': the first checkpoint keeps {percent(first)} of "
+            f"the weight, the other {len(inside) - 1} share the rest",
+            _first_hint(plan, outcome.average, active[0]),
+        )
+    if last > 0.9:
+        yield PlanWarning(
+            "last-dominates",
+            f"average '{outcome.average.label}': the last checkpoint has {percent(last)} of the "
+            "weight: the result is nearly that checkpoint",
+            "a larger decay, half-life or width averages over more of them",
+        )
+
+
+def _inside(average: Average, plan: Plan) -> list[int]:
+    steps = plan.run.steps
+    taken = average.window.selects(steps) if average.window else [True] * len(steps)
+    return [k for k, inside in enumerate(taken) if inside]
+
+
+def _first_hint(plan: Plan, average: Average, first: int) -> str:
+    """Return the finished commands that were probably meant, with the share each would leave."""
+    if not isinstance(average.family, Ema):
+        return "a shorter half-life or a smaller width forgets the first checkpoint"
+    family = average.family
+    options = []
+    if not family.per_step:
+        options.append(replace(average, family=Ema(family.decay, per_step=True)))
+    if average.num_updates == "none":
+        options.append(replace(average, num_updates="count"))
+    names = [checkpoint.name for checkpoint in plan.run.checkpoints]
+    lines = []
+    for meant in options:
+        share = schedule(meant, plan.run.steps, names).weights()[first]
+        line = command(*run_words(plan.request), *_average_words(meant))
+        lines.append(f"{line}   (leaves {percent(share)} on the first)")
+    return "\n".join(lines)
+
+
+def _average_words(average: Average) -> list[str]:
+    family = average.family
+    assert isinstance(family, Ema)  # noqa: S101  # the only family with options to offer
+    text = f"{family.decay:g}" + ("/step" if family.per_step else "")
+    _, at, window = average.spec.rpartition("@")
+    words = ["--average", f"ema:{text}@{window}"] if at else ["--decay", text]
+    if average.num_updates != "none":
+        words += ["--num-updates", average.num_updates]
+    return words
+
+
+def run_words(request: Request) -> list[str]:
+    """Return the words of the ``run`` command without the average: input, selection, output."""
+    words = ["ema-avg", "run", *request.paths]
+    choice = request.choice
+    if choice.glob is not None:
+        words += ["--glob", choice.glob]
+    if choice.steps is not None:
+        words += ["--steps", ":".join("" if n is None else str(n) for n in choice.steps).rstrip(":")]
+    if choice.last is not None:
+        words += ["--last", str(choice.last)]
+    if choice.step_from is not None:
+        words += ["--step-from", choice.step_from]
+    for rule in request.rules:
+        words += ["--include" if rule.include else "--exclude", rule.pattern]
+    return [*words, "-o", request.output or "OUT"]
+
+
+def _ramp(plan: Plan, outcome: Outcome) -> Iterator[PlanWarning]:
+    """Tell when num_updates, not the decay that was given, decides every update."""
+    average = outcome.average
+    if plan.request.implicit or average.num_updates == "none":
+        return
+    if not isinstance(average.family, Ema) or average.family.per_step:
+        return
+    coefficients = plan.schedules[outcome.schedule].coefficients
+    full = float(one_minus_decay(average.family.decay))
+    updates = [c for c in coefficients[1:] if c]
+    if updates and min(updates) > full:
+        yield PlanWarning(
+            "decay-never-reached",
+            f"average '{average.label}': the ramp (1 + n)/(10 + n) stays below the decay "
+            f"{average.family.decay:g} at every update, so it decides alone",
+        )
+
+
+def _sum(outcome: Outcome) -> Iterator[PlanWarning]:
+    total = float(np.sum(outcome.weights))
+    if outcome.average.init == "zeros" and not abs(total - 1) <= _SUM_TOLERANCE:
+        hint = "--zero-debias divides by what is missing"
+        if outcome.average.zero_debias:
+            hint = "TensorFlow's zero-debias assumes one constant decay; this is its result too"
+        yield PlanWarning(
+            "weights-do-not-sum",
+            f"average '{outcome.average.label}': the weights sum to {total:.6g}, not to 1",
+            hint,
+        )
+
+
+def _frozen(plan: Plan, outcome: Outcome) -> Iterator[PlanWarning]:
+    """A shadow of p significant bits does not move when c is below 2^(2-p).
+
+    For a difference of a quarter of the shadow the step c/4 is then under half an ulp.
+    """
+    if plan.request.shadow_dtype != "same":
+        return
+    coefficients = [c for c in plan.schedules[outcome.schedule].coefficients if c]
+    names = {t.dtype.name for t in outcome.selection.averaged if DTYPES[t.dtype.name].bits == 16}
+    for name in sorted(names):
+        if min(coefficients) < 2.0 ** (2 - _SIGNIFICAND[name]):
+            yield PlanWarning(
+                "frozen-shadow",
+                f"average '{outcome.average.label}': a {name} shadow hardly moves with a "
+                f"coefficient of {min(coefficients):.3g}",
+                f"--shadow-dtype {kernel.SHADOW_DTYPES[0]} accumulates in float32",
+            )
+
+
+def _names(request: Request, outcome: Outcome) -> Iterator[PlanWarning]:
+    if request.wishes.names == "shadow" and outcome.layout.folder:
+        yield PlanWarning(
+            "shadow-names",
+            "a Hugging Face folder with shadow names: its loaders will not find "
+            f"{plural(len(outcome.selection.averaged), 'tensor')}",
+            "leave out --names shadow",
+        )

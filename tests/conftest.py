@@ -1,0 +1,30 @@
+"""Fixtures every test shares: a clean environment and the real training run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing the developer's shell says may change what a test sees."""
+    for name in list(os.environ):
+        if name.startswith("EMA_AVG_") or name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "TERM"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def digits_run() -> Path:
+    """Twenty single-file float32 checkpoints, steps 100 to 2000."""
+    return ROOT / "fixtures" / "digits" / "run"
+
+
+@pytest.fixture(scope="session")
+def digits_bf16() -> Path:
+    """The same run as sharded bfloat16 folders."""
+    return ROOT / "fixtures" / "digits" / "bf16"
