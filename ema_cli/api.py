@@ -39,6 +39,7 @@ class Written:
         path: where it is.
         status: ``written``, or ``unchanged`` when an equal output was there already.
         nbytes: its size.
+
     """
 
     path: str
@@ -56,6 +57,7 @@ class RunResult:
         warnings: those of the plan.
         seconds: wall clock time, planning included.
         notes: what could not be promised, e.g. reserved space.
+
     """
 
     plan: Plan
@@ -119,9 +121,7 @@ def plan_run(
     )
     choice = Choice(glob, last, specs.parse_window(steps) if steps else None, step_from, order)
     shard_size = None if max_shard_size is None else specs.parse_size(max_shard_size)
-    wishes = Wishes(
-        format, names, name, keep_variables, tuple(rule), dtype, shard_size, optimizer
-    )
+    wishes = Wishes(format, names, name, keep_variables, tuple(rule), dtype, shard_size, optimizer)
     return planning.make(
         Request(
             paths=_paths(runs),
@@ -212,6 +212,7 @@ def average_run(
 
     Raises:
         EmaError: one of `ema_cli.errors`; nothing is left under the output's name.
+
     """
     started = time.monotonic()
     plan = plan_run(
@@ -293,9 +294,7 @@ def _refuse_warnings(found: Sequence[PlanWarning], run: Run) -> None:
         raise InputError(f"--strict: {shorten(entry.path, 1000)}: {entry.reason}")
 
 
-def _write(
-    plan: Plan, overwrite: bool, executor: Executor | None, on_event: OnEvent
-) -> list[str]:
+def _write(plan: Plan, overwrite: bool, executor: Executor | None, on_event: OnEvent) -> list[str]:
     """Compute and publish all outputs of a plan; returns notes."""
     layouts = [outcome.layout for outcome in plan.outcomes]
     if len({layout.path.rstrip("/") for layout in layouts}) < len(layouts):
@@ -373,6 +372,7 @@ def restore_map(
         select: ordered pairs ``("include" | "exclude", glob)`` that choose the moving-average
             variables.
         name: of the shadows.
+
     """
     return restored(read(os.fspath(checkpoint), {}), program, _rules(select), name)
 
@@ -424,6 +424,7 @@ def rename(
         executor: any `concurrent.futures.Executor`; threads when None.
 
     Raises `Disagreement` when two tensors would get one name or nothing would be renamed.
+
     """
     request = Request(
         (os.fspath(checkpoint),),

@@ -46,7 +46,7 @@ class Piece(NamedTuple):
     """A stretch of elements, or of bytes to copy when `shadow` is ``copy``."""
 
     shadow: str
-    count: int
+    elements: int
     sources: tuple[Source, ...]
     accumulators: tuple[Accumulator, ...]
 
@@ -60,6 +60,7 @@ class Task(NamedTuple):
         pieces: what to do.
         handles: how many input files may be open at a time.
         check: report the first non-finite value instead of writing it.
+
     """
 
     inputs: tuple[Stamp, ...]
@@ -147,7 +148,7 @@ def tasks(plan: Plan, outputs: Sequence[str]) -> Iterator[Task]:
     filled = 0
     for piece in pieces(plan):
         batch.append(piece)
-        filled += piece.count
+        filled += piece.elements
         if filled >= TASK_ELEMENTS:
             yield Task(plan.inputs, tuple(outputs), tuple(batch), handles, check)
             batch, filled = [], 0
@@ -162,16 +163,14 @@ def pieces(plan: Plan) -> Iterator[Piece]:
         for k in range(len(plan.run.checkpoints))
         if any(schedule.coefficients[k] for schedule in plan.schedules)
     ]
-    coefficients = [
-        tuple(schedule.coefficients[k] for k in used) for schedule in plan.schedules
-    ]
+    coefficients = [tuple(schedule.coefficients[k] for k in used) for schedule in plan.schedules]
     for work in plan.averaged:
         shadow = kernel.shadow_dtype(work.dtype, plan.request.shadow_dtype)
         divisors = [
             s.debias_factor(numpy_dtype(shadow)) if s.zero_debias else None for s in plan.schedules
         ]
-        for start in range(0, work.count, TASK_ELEMENTS):
-            count = min(TASK_ELEMENTS, work.count - start)
+        for start in range(0, work.elements, TASK_ELEMENTS):
+            count = min(TASK_ELEMENTS, work.elements - start)
             yield Piece(
                 shadow,
                 count,
@@ -245,24 +244,26 @@ def _open_output(path: str) -> int:
 def _copy(task: Task, piece: Piece, handles: Handles, outputs: dict[int, int]) -> Done:
     source = piece.sources[0]
     path = task.inputs[source.file].path
-    buffer = memoryview(bytearray(min(COPY_BLOCK, piece.count)))
+    buffer = memoryview(bytearray(min(COPY_BLOCK, piece.elements)))
     written = 0
-    for start in range(0, piece.count, COPY_BLOCK):
-        view = buffer[: min(COPY_BLOCK, piece.count - start)]
+    for start in range(0, piece.elements, COPY_BLOCK):
+        view = buffer[: min(COPY_BLOCK, piece.elements - start)]
         read_exact(handles.fd(source.file), view, source.offset + start, path)
         for target in piece.accumulators[0].targets:
-            write_exact(outputs[target.file], view, target.offset + start, task.outputs[target.file])
+            write_exact(
+                outputs[target.file], view, target.offset + start, task.outputs[target.file]
+            )
             written += len(view)
-    return Done(piece.count, written)
+    return Done(piece.elements, written)
 
 
 def _average(task: Task, piece: Piece, handles: Handles, outputs: dict[int, int]) -> Done:
     """Average one piece block by block."""
-    block = min(BLOCK_ELEMENTS, piece.count)
+    block = min(BLOCK_ELEMENTS, piece.elements)
     buffers = _Buffers(piece, block)
     read = written = 0
-    for start in range(0, piece.count, block):
-        count = min(block, piece.count - start)
+    for start in range(0, piece.elements, block):
+        count = min(block, piece.elements - start)
         read += _mix(task, piece, handles, buffers, start, count)
         for ordinal, accumulator in enumerate(piece.accumulators):
             for target in accumulator.targets:

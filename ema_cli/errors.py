@@ -35,6 +35,7 @@ class EmaError(Exception):
     Args:
         message: one line, *where: what: expected and found*, made of safe text.
         hint: the command or change that helps; may be empty.
+
     """
 
     exit_code = 1
@@ -84,6 +85,7 @@ class DamagedFile(InputError):
         path: the file.
         reason: the invariant with what was expected and found.
         tensor: the tensor the reason is about, if any.
+
     """
 
     def __init__(self, path: str, reason: str, tensor: str | None = None) -> None:
@@ -160,5 +162,7 @@ def storage_errors(path: str, doing: str) -> Iterator[None]:
         reason = os.strerror(error.errno) if error.errno else str(error)
         hint = ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            hint = "free some space, or write elsewhere with -o; `ema-avg plan` shows what is needed"
+            hint = (
+                "free some space, or write elsewhere with -o; `ema-avg plan` shows what is needed"
+            )
         raise StorageError(f"{shorten(path, 1000)}: {doing}: {reason}", hint) from error

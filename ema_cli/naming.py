@@ -63,7 +63,7 @@ def role_of(tensor: str, name: str) -> Role:
     own = (f"/{name}", f"/{name}/biased", f"/{name}/local_step")
     if tensor.endswith(own):
         return Role.SHADOW
-    if _ANY_SHADOW.search(tensor) or last in ("biased", "local_step") and "/" in tensor:
+    if _ANY_SHADOW.search(tensor) or (last in ("biased", "local_step") and "/" in tensor):
         return Role.OTHER_SHADOW
     if tensor in COUNTER_NAMES:
         return Role.COUNTER
@@ -146,7 +146,9 @@ def compile_rules(rules: Sequence[tuple[str, str]]) -> list[tuple[re.Pattern[str
             expression = re.compile(pattern)
             re.sub(expression, replacement, "")
         except (re.error, IndexError) as error:
-            raise UsageError(f"--rule '{shorten(pattern)}' '{shorten(replacement)}': {error}") from None
+            raise UsageError(
+                f"--rule '{shorten(pattern)}' '{shorten(replacement)}': {error}"
+            ) from None
         compiled.append((expression, replacement))
     return compiled
 
@@ -188,6 +190,7 @@ class Restored(NamedTuple):
         variable: the variable it fills.
         source: ``shadow``, ``plain`` or ``missing``.
         note: what else is worth knowing about the row.
+
     """
 
     restore_name: str
@@ -196,9 +199,7 @@ class Restored(NamedTuple):
     note: str = ""
 
 
-def restore_map(
-    saved: Collection[str], averaged: Mapping[str, bool], name: str
-) -> list[Restored]:
+def restore_map(saved: Collection[str], averaged: Mapping[str, bool], name: str) -> list[Restored]:
     """Return what ``variables_to_restore`` asks for, held against what is saved.
 
     Args:
@@ -209,6 +210,7 @@ def restore_map(
 
     Source: `ExponentialMovingAverage.variables_to_restore`: averaged variables under
     ``average_name``, every other variable under its own name unless that is a key already.
+
     """
     names = set(saved)
     rows: dict[str, Restored] = {}

@@ -19,7 +19,6 @@ from ema_cli.layout import Layout
 from ema_cli.tensors import Stamp
 from ema_cli.text import shorten, size
 
-
 # ---------------------------------------------------------------------------- before the work
 
 
@@ -94,13 +93,16 @@ class Unpublished:
         layout: what it will be.
         paths: its files under their temporary names, in the order of ``layout.files``.
         notes: what could not be promised.
+
     """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.destination = layout.path.rstrip("/")
         self.root = files.beside(self.destination, files.TEMPORARY_SUFFIX)
-        self.paths = [os.path.join(self.root, f.name) if f.name else self.root for f in layout.files]
+        self.paths = [
+            os.path.join(self.root, f.name) if f.name else self.root for f in layout.files
+        ]
         self.notes: list[str] = []
         self._lock = -1
         self._published = False

@@ -15,7 +15,7 @@ from ema_cli.naming import Rule
 from ema_cli.ranges import Copy, Destination, Range
 from ema_cli.schedules import Average, Schedule, schedule
 from ema_cli.selection import Selection, check_agreement, select
-from ema_cli.tensors import Checkpoint, Index, Stamp
+from ema_cli.tensors import Checkpoint, Index, Stamp, numpy_dtype
 from ema_cli.text import shorten
 
 # Elements of one block. Accumulator, value and scratch stay in a core's second level cache while
@@ -55,6 +55,7 @@ class Outcome:
         last: the checkpoint whose structure and copies the output has.
         selection: what is averaged and copied.
         layout: the output.
+
     """
 
     average: Average
@@ -90,6 +91,7 @@ class Plan:
         averaged: ranges to average.
         copies: bytes to copy.
         costs: bytes read, written, held and free.
+
     """
 
     request: Request
@@ -121,9 +123,7 @@ def make(request: Request) -> Plan:
     inputs, first_input = _inputs(run.checkpoints, used)
     last = run.checkpoints[used[-1]]
     selection = next(o.selection for o in outcomes if o.last is last)
-    averaged = ranges.averaged_ranges(
-        selection.averaged, indexes, destinations, len(schedules)
-    )
+    averaged = ranges.averaged_ranges(selection.averaged, indexes, destinations, len(schedules))
     copies = _copies(outcomes, destinations, run.checkpoints, inputs, first_input)
     return Plan(
         request,
@@ -203,7 +203,9 @@ def output_path(template: str, average: Average, last: Checkpoint) -> str:
     return template.replace("{step}", str(last.step)).replace("{average}", average.label)
 
 
-def _distinct(checkpoints: Sequence[Checkpoint], used: Sequence[int]) -> tuple[list[Index], list[int]]:
+def _distinct(
+    checkpoints: Sequence[Checkpoint], used: Sequence[int]
+) -> tuple[list[Index], list[int]]:
     indexes: list[Index] = []
     ordinal_of: dict[int, int] = {}
     for k in used:
@@ -262,7 +264,7 @@ def _costs(
     averaged = sum(tensor.extent.nbytes for tensor in selection.averaged)
     widest = max(
         (
-            kernel.numpy_dtype(kernel.shadow_dtype(t.dtype.name, request.shadow_dtype)).itemsize
+            numpy_dtype(kernel.shadow_dtype(t.dtype.name, request.shadow_dtype)).itemsize
             for t in selection.averaged
         ),
         default=4,

@@ -28,13 +28,14 @@ class Range(NamedTuple):
 
     Attributes:
         dtype: of the variables.
-        count: elements.
+        elements: how many.
         places: for each distinct index of the run, (file in the checkpoint, byte offset).
         targets: for each distinct schedule, where its result goes.
+
     """
 
     dtype: str
-    count: int
+    elements: int
     places: tuple[tuple[int, int], ...]
     targets: tuple[tuple[Target, ...], ...]
 
@@ -66,15 +67,15 @@ def averaged_ranges(
     wanted = _wanted(destinations, (AVERAGE, BIASED))
     found: list[Range] = []
     for tensor in tensors:
-        if tensor.count == 0:
+        if tensor.elements == 0:
             continue
         places = tuple(index.by_name[tensor.name].extent[:2] for index in indexes)
         targets: list[list[Target]] = [[] for _ in range(schedules)]
         for schedule, target in wanted.get(tensor.name, ()):
             targets[schedule].append(target)
-        new = Range(tensor.dtype.name, tensor.count, places, tuple(map(tuple, targets)))
+        new = Range(tensor.dtype.name, tensor.elements, places, tuple(map(tuple, targets)))
         if found and _follows(found[-1], new):
-            found[-1] = found[-1]._replace(count=found[-1].count + new.count)
+            found[-1] = found[-1]._replace(elements=found[-1].elements + new.elements)
         else:
             found.append(new)
     return found
@@ -96,7 +97,7 @@ def _wanted(
 
 def _follows(before: Range, after: Range) -> bool:
     """Whether `after` begins where `before` ends in every input and in every output."""
-    nbytes = before.count * DTYPES[before.dtype].bits // 8
+    nbytes = before.elements * DTYPES[before.dtype].bits // 8
     return (
         before.dtype == after.dtype
         and all(
@@ -107,7 +108,7 @@ def _follows(before: Range, after: Range) -> bool:
         )
         and all(
             len(mine) == len(others)
-            and all(_continues(a, b, before.count) for a, b in zip(mine, others, strict=True))
+            and all(_continues(a, b, before.elements) for a, b in zip(mine, others, strict=True))
             for mine, others in zip(before.targets, after.targets, strict=True)
         )
     )

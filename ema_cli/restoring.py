@@ -33,6 +33,7 @@ class RestoreMap:
         rows: one per restore name.
         orphans: shadows whose variable nobody asks for.
         name: of the shadows.
+
     """
 
     rows: tuple[Restored, ...]
@@ -91,9 +92,7 @@ def _variables(index: Index, name: str) -> Mapping[str, Tensor]:
     return variables
 
 
-def _averaged(
-    variables: Mapping[str, Tensor], rules: Sequence[Rule], name: str
-) -> dict[str, bool]:
+def _averaged(variables: Mapping[str, Tensor], rules: Sequence[Rule], name: str) -> dict[str, bool]:
     """Return for each variable whether it is asked for under its shadow name.
 
     As TensorFlow has it: the trainable variables, not the statistics; rules override.

@@ -47,6 +47,7 @@ class PassedOver:
         path: the entry.
         reason: why, one clause.
         unusable: it looks like a checkpoint that should have been usable (exit code 3).
+
     """
 
     path: str
@@ -216,7 +217,7 @@ def _with_step(checkpoint: Checkpoint, choice: Choice) -> Checkpoint:
     """Return the checkpoint with its step: the stored one wins, a name that differs is noted."""
     told = step_from_name(checkpoint.name, compile_step_from(choice.step_from))
     stored = stored_step(checkpoint)
-    if stored is None or choice.step_from is not None and told is not None:
+    if stored is None or (choice.step_from is not None and told is not None):
         return dataclasses.replace(checkpoint, step=told)
     notes = checkpoint.notes
     if told is not None and told != stored.value:
@@ -231,7 +232,12 @@ def _settle(root: str, checkpoints: list[Checkpoint], passed_over: list[PassedOv
     taken = []
     for checkpoint in checkpoints:
         at_root = os.path.dirname(checkpoint.path) == root.rstrip("/")
-        if checkpoint.step is None and numbered_folders and at_root and os.path.isfile(checkpoint.path):
+        if (
+            checkpoint.step is None
+            and numbered_folders
+            and at_root
+            and os.path.isfile(checkpoint.path)
+        ):
             passed_over.append(PassedOver(checkpoint.path, "unnumbered weights at the run's root"))
         else:
             taken.append(checkpoint)

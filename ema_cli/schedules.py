@@ -14,10 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import assert_never
 
 import numpy as np
 
 from ema_cli.errors import Disagreement, UsageError
+from ema_cli.tensors import NumpyDType
 from ema_cli.text import shorten
 
 
@@ -104,6 +106,7 @@ class Average:
         init: ``first`` copies the first checkpoint, ``zeros`` starts from zero as TensorFlow
             does for a plain Tensor.
         zero_debias: divide by TensorFlow's bias factor at the end; implies ``zeros``.
+
     """
 
     label: str
@@ -129,6 +132,7 @@ class Schedule:
         zero_debias: whether the result is divided by `debias_factor`.
         updates: how many updates the average saw (TensorFlow's ``local_step``).
         last: ordinal of the last checkpoint of the window; copies come from there.
+
     """
 
     coefficients: tuple[float, ...]
@@ -146,7 +150,7 @@ class Schedule:
         factor = self.debias_factor(np.dtype(np.float64))
         return tuple(w / factor if factor else math.inf for w in reversed(weights))
 
-    def debias_factor(self, dtype: np.dtype) -> float:  # type: ignore[type-arg]
+    def debias_factor(self, dtype: NumpyDType) -> float:
         """Return the divisor of the result in `dtype`; 1 without zero_debias.
 
         TensorFlow's ``1 - pow(1 - omd, local_step)``, each operation rounded to the tensor's
@@ -175,7 +179,7 @@ def one_minus_decay(decay: float, num_updates: float | None = None) -> np.float3
     return np.float32(one - d)
 
 
-def local_step(updates: int, dtype: np.dtype) -> float:  # type: ignore[type-arg]
+def local_step(updates: int, dtype: NumpyDType) -> float:
     """Return TensorFlow's counter after `updates`, kept in the tensor's dtype.
 
     Adding 1 stops having an effect at 2^p for p bits of significand: 256 in bfloat16, 2048 in
@@ -188,7 +192,7 @@ def local_step(updates: int, dtype: np.dtype) -> float:  # type: ignore[type-arg
 def debias_factor(
     coefficient: float,
     updates: int,
-    dtype: np.dtype,  # type: ignore[type-arg]
+    dtype: NumpyDType,
 ) -> float:
     """Return TensorFlow's bias factor in `dtype`; see `Schedule.debias_factor`."""
     scalar = dtype.type
@@ -233,9 +237,9 @@ def _drop_overwritten(values: list[float]) -> list[float]:
 
 def _coefficients(average: Average, steps: list[int], names: list[str]) -> list[float]:
     match average.family:
-        case Ema(decay, False):
-            return _tensorflow(average, decay, steps)
-        case Ema(decay, True):
+        case Ema(decay, per_step):
+            if not per_step:
+                return _tensorflow(average, decay, steps)
             return _per_step(average, math.log(decay) if decay else -math.inf, steps)
         case HalfLife(half_life):
             return _per_step(average, -math.log(2) / half_life, steps)
@@ -247,6 +251,8 @@ def _coefficients(average: Average, steps: list[int], names: list[str]) -> list[
             return _power(sigma_rel, steps)
         case Weights(table):
             return from_weights(_listed(table, steps, names))
+        case _:
+            assert_never(average.family)
 
 
 def from_weights(weights: Sequence[float]) -> list[float]:
@@ -307,10 +313,8 @@ def _log_ramp(log_decay: float, start: int, stop: int) -> float:
     product telescopes to Π_{j=2..10} (start+j)/(m+j).
     """
     decay = math.exp(log_decay)
-    if decay < 1:
-        m = min(stop, max(start, math.floor((10 * decay - 1) / (1 - decay))))
-    else:
-        m = stop
+    meeting = math.floor((10 * decay - 1) / (1 - decay)) if decay < 1 else stop
+    m = min(stop, max(start, meeting))
     ramp = math.fsum(math.log((start + j) / (m + j)) for j in range(2, 11))
     return ramp + (log_decay * (stop - m) if stop > m else 0.0)
 

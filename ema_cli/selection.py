@@ -41,6 +41,7 @@ class Selection:
         copied: taken bit for bit from the last checkpoint, each with its reason.
         optimizer: optimizer state, kept or dropped with the layout.
         replaced: shadows of our own name, which the result replaces.
+
     """
 
     averaged: tuple[Tensor, ...]
@@ -158,13 +159,14 @@ def check_agreement(
         for tensor_name, expected in wanted.items():
             _check_tensor(where, tensor_name, expected, checkpoint.index)
         for tensor in checkpoint.index.tensors:
-            if tensor.name not in wanted and tensor.name not in last.index.by_name:
-                if _choose(tensor, rules, statistics, name).action == AVERAGED:
-                    raise Disagreement(
-                        f"{shorten(last.path, 1000)}: tensor '{shorten(tensor.name)}' is missing: "
-                        f"{where} has {describe(tensor.dtype, tensor.shape)}",
-                        _exclude_hint(tensor.name),
-                    )
+            if tensor.name in wanted or tensor.name in last.index.by_name:
+                continue
+            if _choose(tensor, rules, statistics, name).action == AVERAGED:
+                raise Disagreement(
+                    f"{shorten(last.path, 1000)}: tensor '{shorten(tensor.name)}' is missing: "
+                    f"{where} has {describe(tensor.dtype, tensor.shape)}",
+                    _exclude_hint(tensor.name),
+                )
 
 
 def _check_tensor(where: str, name: str, expected: tuple[object, ...], index: Index) -> None:

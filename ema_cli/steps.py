@@ -50,6 +50,7 @@ def step_from_name(name: str, expression: re.Pattern[str] | None = None) -> int 
     Args:
         name: without its directory.
         expression: the user's own ``--step-from``: its first group, or else the whole match.
+
     """
     if expression is not None:
         found = expression.search(name)
@@ -84,7 +85,7 @@ def stored_step(checkpoint: Checkpoint) -> Step | None:
     """
     for name in STEP_NAMES:
         tensor = checkpoint.index.by_name.get(name)
-        if tensor is not None and tensor.count == 1 and tensor.dtype.bits >= 8:
+        if tensor is not None and tensor.elements == 1 and tensor.dtype.bits >= 8:
             value = _scalar(checkpoint, tensor)
             if value is not None:
                 return Step(value, f"tensor {name}")

@@ -6,9 +6,11 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+NumpyDType = np.dtype[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +22,7 @@ class DType:
         bits: width of one element; 4 and 6 bit types are packed.
         averaged: whether TensorFlow's moving average takes it (half, bfloat16, float, double).
         floating: whether it holds real numbers; float8 and smaller are, but are never averaged.
+
     """
 
     name: str
@@ -63,7 +66,7 @@ AVERAGED_DTYPES = tuple(name for name, dtype in DTYPES.items() if dtype.averaged
 
 
 @functools.cache
-def numpy_dtype(name: str) -> np.dtype:  # type: ignore[type-arg]  # any scalar type
+def numpy_dtype(name: str) -> NumpyDType:
     """Return the little-endian NumPy dtype called `name`; imports ml_dtypes only when needed.
 
     Raises `TypeError` for packed types, which have no NumPy counterpart here.
@@ -73,7 +76,8 @@ def numpy_dtype(name: str) -> np.dtype:  # type: ignore[type-arg]  # any scalar 
     if name == "bfloat16" or name.startswith("float8"):
         import ml_dtypes
 
-        return np.dtype(getattr(ml_dtypes, name))
+        dtype: NumpyDType = np.dtype(getattr(ml_dtypes, name))
+        return dtype
     return np.dtype(name).newbyteorder("<")
 
 
@@ -94,7 +98,7 @@ class Tensor(NamedTuple):
     extent: Extent
 
     @property
-    def count(self) -> int:
+    def elements(self) -> int:
         """Number of elements; 1 for a scalar."""
         return math.prod(self.shape)
 
@@ -116,6 +120,7 @@ class Index:
         names: the file names inside a folder checkpoint, or one empty string for a single file.
         header_digests: SHA-256 of each file's header.
         metadata: the file level string metadata of the first file.
+
     """
 
     format: str
@@ -154,6 +159,7 @@ class Checkpoint:
         index: what it holds.
         step: the training step, or None when nothing tells it.
         notes: what was odd about it, but no reason to refuse it.
+
     """
 
     path: str

@@ -38,11 +38,12 @@ def size(n_bytes: int) -> str:
     if n_bytes < 1024:
         return plural(n_bytes, "byte")
     value = float(n_bytes)
-    for unit in ("KiB", "MiB", "GiB", "TiB", "PiB"):
+    units = ["KiB", "MiB", "GiB", "TiB", "PiB"]
+    while True:
         value /= 1024
-        if value < 1024:
-            break
-    return f"{value:.1f} {unit}"
+        unit = units.pop(0)
+        if value < 1024 or not units:
+            return f"{value:,.1f} {unit}"
 
 
 def percent(share: float) -> str:

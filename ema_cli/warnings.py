@@ -12,7 +12,7 @@ from ema_cli import kernel
 from ema_cli.plan import Outcome, Plan, Request
 from ema_cli.schedules import Average, Ema, HalfLife, Power, one_minus_decay, schedule
 from ema_cli.tensors import DTYPES
-from ema_cli.text import command, percent, plural, size
+from ema_cli.text import command, percent, plural, shorten, size
 
 # With init=zeros or zero_debias and num_updates the weights miss 1 by far more than rounding.
 _SUM_TOLERANCE = 1e-3
@@ -38,10 +38,14 @@ def warnings(plan: Plan) -> list[PlanWarning]:
         found.extend(_names(plan.request, outcome))
     if len(plan.run.checkpoints) == 1:
         path = plan.run.checkpoints[0].path
-        found.insert(0, PlanWarning("one-checkpoint", f"one checkpoint: the result is {path} itself"))
+        found.insert(
+            0, PlanWarning("one-checkpoint", f"one checkpoint: the result is {path} itself")
+        )
     if plan.costs.write > plan.costs.free:
         needed, free = size(plan.costs.write), size(plan.costs.free)
-        found.append(PlanWarning("disk-space", f"the output needs {needed}, the disk has {free} free"))
+        found.append(
+            PlanWarning("disk-space", f"the output needs {needed}, the disk has {free} free")
+        )
     return found
 
 
@@ -117,7 +121,10 @@ def run_words(request: Request) -> list[str]:
     if choice.glob is not None:
         words += ["--glob", choice.glob]
     if choice.steps is not None:
-        words += ["--steps", ":".join("" if n is None else str(n) for n in choice.steps).rstrip(":")]
+        words += [
+            "--steps",
+            ":".join("" if n is None else str(n) for n in choice.steps).rstrip(":"),
+        ]
     if choice.last is not None:
         words += ["--last", str(choice.last)]
     if choice.step_from is not None:

@@ -17,7 +17,7 @@ from ema_cli.formats.safetensors import Known
 from ema_cli.tensors import Checkpoint
 from ema_cli.text import shorten
 
-__all__ = ["FORMATS", "FOREIGN_SUFFIXES", "Format", "Known", "detect", "known_but_unread", "read"]
+__all__ = ["FOREIGN_SUFFIXES", "FORMATS", "Format", "Known", "detect", "known_but_unread", "read"]
 
 
 class Format(NamedTuple):
@@ -28,6 +28,7 @@ class Format(NamedTuple):
         folder: whether a checkpoint of it is a folder.
         suffix: of a single file, or empty.
         read: path and known indexes to a checkpoint.
+
     """
 
     title: str

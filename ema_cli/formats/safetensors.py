@@ -267,8 +267,7 @@ def _numbers(path: str, name: str, value: Any, field: str) -> tuple[int, ...]:
     if type(value) is not list or any(type(n) is not int or not 0 <= n < 1 << 63 for n in value):
         raise DamagedFile(
             path,
-            f"{field}: expected a list of integers from 0 to 2^63 - 1, "
-            f"found {shorten(str(value))}",
+            f"{field}: expected a list of integers from 0 to 2^63 - 1, found {shorten(str(value))}",
             name,
         )
     return tuple(value)

@@ -119,7 +119,7 @@ def _bare_name(name: str) -> bool:
     return (
         name.endswith(safetensors.SUFFIX)
         and name != safetensors.SUFFIX
-        and not set(name) & set('/\\:\0')
+        and not set(name) & set("/\\:\0")
         and len(os.fsencode(name)) <= 255
     )
 
