@@ -262,7 +262,7 @@ def run_plan(
         raise UsageError("no output: expected -o OUT")
     found = tuple(warnings(plan))
     if strict:
-        _refuse_warnings(found, plan.run)
+        refuse_warnings(found, plan.run)
     paths = [outcome.layout.path for outcome in plan.outcomes]
     digests = [record.plan_digest(plan, outcome) for outcome in plan.outcomes]
     same = [
@@ -287,7 +287,8 @@ def _ignore(event: Progress) -> None:
     del event
 
 
-def _refuse_warnings(found: Sequence[PlanWarning], run: Run) -> None:
+def refuse_warnings(found: Sequence[PlanWarning], run: Run) -> None:
+    """Raise the first warning or unusable entry as an error, as ``strict`` asks."""
     for warning in found:
         raise UsageError(f"--strict: {warning.code}: {warning.message}", warning.hint)
     for entry in unusable(run):

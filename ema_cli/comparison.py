@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import numpy as np
 
-from ema_cli.files import check_unchanged, open_input, read_exact
 from ema_cli.kernel import Array
-from ema_cli.tensors import Checkpoint, Tensor, describe, numpy_dtype
+from ema_cli.reading import TensorReader
+from ema_cli.tensors import Checkpoint, Tensor, describe
 
 _BLOCK_ELEMENTS = 1 << 18
 
@@ -69,49 +68,27 @@ def _tensor(
     numeric = mine.dtype.bits >= 8 and other.dtype.bits >= 8
     if mine.dtype != other.dtype and (exact or not numeric):
         return Difference(mine.name, "dtype", *shown)
-    return _values(_Reader(a, mine), _Reader(b, other), atol, rtol)
+    with TensorReader(a, mine) as left, TensorReader(b, other) as right:
+        return _values(mine.name, left, right, atol, rtol)
 
 
-class _Reader:
-    """Reads one tensor of a checkpoint block by block."""
-
-    def __init__(self, checkpoint: Checkpoint, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self.stamp = checkpoint.files[tensor.extent.file]
-        packed = tensor.dtype.bits < 8
-        self.dtype = np.dtype(np.uint8) if packed else numpy_dtype(tensor.dtype.name)
-        self.count = tensor.extent.nbytes // self.dtype.itemsize
-        self.fd = open_input(self.stamp.path)
-        check_unchanged(self.fd, self.stamp)
-
-    def block(self, start: int, count: int) -> Array:
-        """Return `count` elements (bytes of packed types) from element `start`."""
-        array: Array = np.empty(count, self.dtype)
-        offset = self.tensor.extent.offset + start * self.dtype.itemsize
-        read_exact(self.fd, array.view(np.uint8).data, offset, self.stamp.path)
-        return array
-
-
-def _values(a: _Reader, b: _Reader, atol: float, rtol: float) -> Difference | None:
+def _values(
+    name: str, a: TensorReader, b: TensorReader, atol: float, rtol: float
+) -> Difference | None:
     count, max_abs, max_rel = 0, 0.0, 0.0
-    try:
-        for start in range(0, a.count, _BLOCK_ELEMENTS):
-            n = min(_BLOCK_ELEMENTS, a.count - start)
-            x, y = a.block(start, n), b.block(start, n)
-            if x.dtype == y.dtype and x.tobytes() == y.tobytes():
-                continue
-            differing, largest_abs, largest_rel = _block(x, y, atol, rtol)
-            count += differing
-            if differing:
-                max_abs = float(np.maximum(max_abs, largest_abs))
-                max_rel = float(np.maximum(max_rel, largest_rel))
-    finally:
-        os.close(a.fd)
-        os.close(b.fd)
+    for start in range(0, a.elements, _BLOCK_ELEMENTS):
+        n = min(_BLOCK_ELEMENTS, a.elements - start)
+        x, y = a.block(start, n), b.block(start, n)
+        if x.dtype == y.dtype and x.tobytes() == y.tobytes():
+            continue
+        differing, largest_abs, largest_rel = _block(x, y, atol, rtol)
+        count += differing
+        if differing:
+            max_abs = float(np.maximum(max_abs, largest_abs))
+            max_rel = float(np.maximum(max_rel, largest_rel))
     if not count:
         return None
-    name, total = a.tensor.name, a.count
-    return Difference(name, "values", "", "", count, total, max_abs, max_rel)
+    return Difference(name, "values", "", "", count, a.elements, max_abs, max_rel)
 
 
 def _block(x: Array, y: Array, atol: float, rtol: float) -> tuple[int, float, float]:
@@ -121,8 +98,7 @@ def _block(x: Array, y: Array, atol: float, rtol: float) -> tuple[int, float, fl
         p, q = x.astype(wide), y.astype(wide)
         gap = np.where(p == q, 0.0, np.abs(p - q))
         if atol == rtol == 0:
-            bytes_of = (array.view(np.uint8).reshape(len(array), -1) for array in (x, y))
-            left, right = bytes_of
+            left, right = (array.view(np.uint8).reshape(len(array), -1) for array in (x, y))
             differs = (left != right).any(axis=1)
         else:
             differs = ~(gap <= atol + rtol * np.abs(q)) & ~(np.isnan(p) & np.isnan(q))

@@ -12,7 +12,7 @@ from ema_cli import kernel
 from ema_cli.plan import Outcome, Plan, Request
 from ema_cli.schedules import Average, Ema, HalfLife, Power, one_minus_decay, schedule
 from ema_cli.tensors import DTYPES
-from ema_cli.text import command, percent, plural, shorten, size
+from ema_cli.text import command, percent, plural, size
 
 # With init=zeros or zero_debias and num_updates the weights miss 1 by far more than rounding.
 _SUM_TOLERANCE = 1e-3

@@ -1,0 +1,158 @@
+"""The command line: one file per command, and `main`, which maps errors and signals to codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import click
+
+from ema_cli.cli import options
+from ema_cli.cli.diff import diff
+from ema_cli.cli.inspect import inspect
+from ema_cli.cli.map import map_command
+from ema_cli.cli.plan import plan
+from ema_cli.cli.rename import rename
+from ema_cli.cli.run import run
+from ema_cli.errors import EmaError, StorageError, UsageError
+from ema_cli.text import printable
+
+_SECTIONS = {
+    "Average": ("plan", "run"),
+    "Look": ("inspect", "map", "diff"),
+    "Write": ("rename",),
+}
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived: unwind as for Ctrl-C, so that nothing half-written stays."""
+
+
+class _Group(click.Group):
+    """The commands under the headings of what people want to do."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, names in _SECTIONS.items():
+            with formatter.section(title):
+                commands = ((name, self.get_command(ctx, name)) for name in names)
+                formatter.write_dl([(n, c.get_short_help_str(70)) for n, c in commands if c])
+
+
+def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from ema_cli import machine
+
+        lines = [f"{package} {version}" for package, version in machine.versions().items()]
+        click.echo("\n".join(lines))
+        ctx.exit()
+
+
+@click.group(
+    cls=_Group,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "EMA_AVG"},
+)
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_version,
+    help="Show the versions that matter and exit.",
+)
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    r"""Average the checkpoints a training run left behind: exactly, offline, in constant memory.
+
+    \b
+    ema-avg plan RUN                       what would be averaged, with every weight
+    ema-avg run RUN -o average.safetensors
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+for _command in (plan, run, inspect, map_command, diff, rename):
+    cli.add_command(_command)
+
+
+@contextmanager
+def _sigterm() -> Iterator[None]:
+    """Raise `Terminated` in the main thread when SIGTERM arrives."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(number: int, frame: Any) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; no exception but a debugged one leaves.
+
+    With ``EMA_AVG_DEBUG=1`` unexpected exceptions keep their tracebacks.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with _sigterm():
+            code = cli.main(arguments, prog_name="ema-avg", standalone_mode=False)
+            sys.stdout.flush()
+            return int(code or 0)
+    except Terminated:
+        sys.stderr.write("ema-avg: terminated; nothing half-written was published\n")
+        return 143
+    except (KeyboardInterrupt, click.Abort):
+        sys.stderr.write("ema-avg: interrupted; nothing half-written was published\n")
+        return 130
+    except BrokenPipeError:
+        # Whoever read stdout has gone; keep the interpreter from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except Exception as error:
+        if options.debugging():
+            raise
+        return _report(_as_ema_error(error), as_json="--json" in arguments)
+
+
+def _as_ema_error(error: Exception) -> EmaError:
+    """Return `error` as one of ours; what is none of ours is an internal error."""
+    if isinstance(error, EmaError):
+        return error
+    if isinstance(error, click.ClickException):
+        context = getattr(error, "ctx", None)
+        hint = f"see {context.command_path} --help" if context else ""
+        return UsageError(printable(error.format_message()), hint)
+    if isinstance(error, OSError):
+        where = f"{printable(os.fsdecode(error.filename))}: " if error.filename else ""
+        return StorageError(f"{where}{os.strerror(error.errno or 0)}")
+    if isinstance(error, MemoryError):
+        return EmaError("out of memory", "use fewer --workers")
+    return EmaError(
+        f"internal error: {type(error).__name__}: {printable(str(error))}",
+        "run again with EMA_AVG_DEBUG=1 and report what it shows",
+    )
+
+
+def _report(error: EmaError, *, as_json: bool) -> int:
+    from ema_cli.views import Out
+
+    Out(as_json=as_json).error(error)
+    return error.exit_code
+
+
+def entry() -> NoReturn:
+    """Be the ``ema-avg`` command."""
+    sys.exit(main())

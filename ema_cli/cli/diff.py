@@ -1,0 +1,63 @@
+"""``ema-avg diff``: how two checkpoints differ."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import click
+
+from ema_cli.cli import options
+from ema_cli.cli.options import Command
+from ema_cli.text import plural
+from ema_cli.views import Out
+
+
+@click.command(
+    cls=Command,
+    short_help="Compare two checkpoints tensor by tensor.",
+    example="ema-avg diff average.safetensors checkpoint-1000.safetensors --rtol 1e-6",
+    codes=(0, 2, 12, 13),
+)
+@click.argument("a", metavar="A", type=click.Path())
+@click.argument("b", metavar="B", type=click.Path())
+@click.option("--atol", cls=options.Option, group="Input", type=float, default=0.0)
+@click.option("--rtol", cls=options.Option, group="Input", type=float, default=0.0)
+@options.common_options
+def diff(
+    a: str,
+    b: str,
+    atol: float,
+    rtol: float,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    no_color: bool,
+) -> int:
+    """Compare names, shapes, dtypes and values; exact unless a tolerance is given.
+
+    With a tolerance two values agree when |a - b| <= atol + rtol * |b|.
+    """
+    from ema_cli import api
+
+    out = Out(as_json=as_json, quiet=quiet, verbose=verbose, color=not no_color)
+    found = api.diff(a, b, atol=atol, rtol=rtol)
+    if found:
+        out.table(
+            ("tensor", "difference", "A", "B", "elements", "max abs", "max rel"),
+            [
+                (
+                    d.tensor,
+                    d.kind,
+                    d.a,
+                    d.b,
+                    f"{d.count} of {d.total}" if d.total else "",
+                    f"{d.max_abs:.6g}" if d.total else "",
+                    f"{d.max_rel:.6g}" if d.total else "",
+                )
+                for d in found
+            ],
+        )
+    out.say(f"{plural(len(found), 'tensor')} differ" if found else "no difference")
+    out.document("result", command="diff", differences=[dataclasses.asdict(d) for d in found])
+    out.flush()
+    return 13 if found else 0

@@ -1,0 +1,129 @@
+"""``ema-avg inspect``: what a checkpoint, a run or an output holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ema_cli.cli import options
+from ema_cli.cli.options import Command
+from ema_cli.text import plural, shorten, size
+from ema_cli.views import Out
+
+if TYPE_CHECKING:
+    from ema_cli.runs import Run
+    from ema_cli.tensors import Checkpoint
+
+
+@click.command(
+    cls=Command,
+    short_help="Show what a checkpoint or a run holds.",
+    example="ema-avg inspect train_dir/checkpoint-1000",
+    codes=(0, 2, 3, 10, 12, 13),
+)
+@click.argument("path", metavar="PATH", type=click.Path())
+@options.name_option
+@options.common_options
+def inspect(path: str, name: str, as_json: bool, quiet: bool, verbose: bool, no_color: bool) -> int:
+    """Show the tensors of a checkpoint, or the checkpoints of a run; reads headers only."""
+    from ema_cli import api
+    from ema_cli.runs import Run
+
+    out = Out(as_json=as_json, quiet=quiet, verbose=verbose, color=not no_color)
+    found = api.inspect(path)
+    code = 0
+    if isinstance(found, Run):
+        _run(out, found)
+        code = 3 if api.unusable(found) else 0
+    else:
+        _checkpoint(out, found, name)
+    out.flush()
+    return code
+
+
+def _run(out: Out, run: Run) -> None:
+    from ema_cli.cli import planview
+
+    planview.passed_over(out, run)
+    sizes = [sum(file.size for file in checkpoint.files) for checkpoint in run.checkpoints]
+    out.table(
+        ("checkpoint", "step", "tensors", "bytes"),
+        [
+            (checkpoint.path, checkpoint.step or 0, len(checkpoint.index.tensors), n_bytes)
+            for checkpoint, n_bytes in zip(run.checkpoints, sizes, strict=True)
+        ],
+    )
+    gaps = sorted({b - a for a, b in zip(run.steps, run.steps[1:], strict=False)})
+    shown = "" if not gaps else f", {gaps[0]:,} steps apart"
+    if len(gaps) > 1:
+        shown = f", {gaps[0]:,} to {gaps[-1]:,} steps apart"
+    out.say(f"{plural(len(run.checkpoints), 'checkpoint')}{shown}, {size(sum(sizes))}")
+    out.document(
+        "result",
+        command="inspect",
+        checkpoints=[
+            {"path": c.path, "step": c.step, "tensors": len(c.index.tensors), "bytes": n_bytes}
+            for c, n_bytes in zip(run.checkpoints, sizes, strict=True)
+        ],
+        passed_over=[
+            {"path": entry.path, "reason": entry.reason, "unusable": entry.unusable}
+            for entry in run.passed_over
+        ],
+        notes=list(run.notes),
+    )
+
+
+def _checkpoint(out: Out, checkpoint: Checkpoint, name: str) -> None:
+    from ema_cli import provenance
+    from ema_cli.naming import role_of
+
+    index = checkpoint.index
+    rows: list[dict[str, Any]] = [
+        {
+            "tensor": tensor.name,
+            "dtype": tensor.dtype.name,
+            "shape": list(tensor.shape),
+            "bytes": tensor.extent.nbytes,
+            "role": role_of(tensor.name, name).value,
+            "file": index.names[tensor.extent.file],
+        }
+        for tensor in index.tensors
+    ]
+    folder = len(index.names) > 1
+    out.table(
+        ("tensor", "dtype", "shape", "bytes", "role") + (("file",) if folder else ()),
+        [
+            (r["tensor"], r["dtype"], str(r["shape"]), r["bytes"], r["role"])
+            + ((r["file"],) if folder else ())
+            for r in rows
+        ],
+    )
+    out.say(
+        f"{index.format}, step {checkpoint.step}: {plural(len(rows), 'tensor')}, "
+        f"{size(index.nbytes)} in {plural(len(index.names), 'file')}"
+    )
+    origin = provenance.load(checkpoint.path)
+    if origin is not None:
+        _origin(out, origin)
+    out.document(
+        "result",
+        command="inspect",
+        path=checkpoint.path,
+        format=index.format,
+        step=checkpoint.step,
+        metadata=dict(index.metadata),
+        tensors=rows,
+        provenance=origin,
+    )
+
+
+def _origin(out: Out, origin: Mapping[str, Any]) -> None:
+    """Tell what an output of ours was made of."""
+    average, inputs = origin.get("average"), origin.get("inputs", [])
+    if average is None:
+        out.say("a renamed copy made by ema-avg")
+        return
+    out.say(f"an average made by ema-avg: {shorten(str(average.get('spec')))}")
+    out.say(f"  of {plural(len(inputs), 'checkpoint')}; every weight is in the .ema.json beside it")

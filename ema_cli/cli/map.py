@@ -1,0 +1,111 @@
+"""``ema-avg map``: what a restore will ask for, and whether it will find it."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ema_cli.cli import options
+from ema_cli.cli.options import Command
+from ema_cli.text import command, plural, shorten
+from ema_cli.views import Out
+
+if TYPE_CHECKING:
+    from ema_cli.restoring import RestoreMap
+
+
+@click.command(
+    "map",
+    cls=Command,
+    short_help="Show which saved tensor each variable is restored from.",
+    example="ema-avg map average.safetensors",
+    codes=(0, 2, 12, 13),
+)
+@click.argument("checkpoint", metavar="CKPT", type=click.Path())
+@click.option(
+    "--for",
+    "program",
+    cls=options.Option,
+    group="Input",
+    metavar="FILE",
+    help="What the restoring program asks for: a checkpoint, a list of names, or - for stdin.",
+)
+@options.select_options
+@options.name_option
+@click.option(
+    "--python", cls=options.Option, group="Output", is_flag=True, help="Print code for TensorFlow."
+)
+@options.common_options
+@click.pass_context
+def map_command(ctx: click.Context, /, checkpoint: str, **given: Any) -> int:
+    """Show restore name, variable and source (shadow, plain, missing) of every variable.
+
+    As `ExponentialMovingAverage.variables_to_restore` asks: averaged variables under their
+    shadow's name, all others under their own. --include and --exclude choose the moving-average
+    variables.
+    """
+    from ema_cli import api
+    from ema_cli.restoring import names_in
+
+    out = Out(
+        as_json=given["as_json"],
+        quiet=given["quiet"],
+        verbose=given["verbose"],
+        color=not given["no_color"],
+    )
+    program = names_in(sys.stdin) if given["program"] == "-" else given["program"]
+    select = options.selected(ctx, given["include"], given["exclude"])
+    found = api.restore_map(checkpoint, program=program, select=select, name=given["name"])
+    if given["python"]:
+        out.line(python_code(found))
+    else:
+        rows = [(r.restore_name, r.variable, r.source, r.note) for r in found.rows]
+        out.table(("restore name", "variable", "source", "note"), rows)
+    _tell(out, found, checkpoint, given["name"])
+    out.flush()
+    return 13 if found.missing else 0
+
+
+def _tell(out: Out, found: RestoreMap, checkpoint: str, name: str) -> None:
+    for orphan in found.orphans:
+        out.say(f"note: nobody asks for '{shorten(orphan)}'")
+    hint = ""
+    if found.missing:
+        out.say(f"{plural(len(found.missing), 'restore name')} missing: this restore would fail")
+        hint = _hint(found, checkpoint, name)
+        out.say(f"hint: {hint}")
+    out.document(
+        "result",
+        command="map",
+        rows=[row._asdict() for row in found.rows],
+        orphans=list(found.orphans),
+        missing=len(found.missing),
+        hint=hint,
+    )
+
+
+def _hint(found: RestoreMap, checkpoint: str, name: str) -> str:
+    """Return the command that makes the restore work."""
+    if any(row.source == "mismatch" for row in found.rows):
+        return "average checkpoints of the program that restores: shapes and dtypes must be equal"
+    wanted_shadows = all(row.restore_name != row.variable for row in found.missing)
+    words = ["ema-avg", "rename", checkpoint, "-o", "OUT"]
+    words += ["--names", "shadow" if wanted_shadows else "variable"]
+    if name != "ExponentialMovingAverage":
+        words += ["--name", name]
+    return command(*words)
+
+
+def python_code(found: RestoreMap) -> str:
+    """Return code that builds {restore name: variable} in a TensorFlow 1 graph."""
+    pairs = "\n".join(f"    {row.restore_name!a}: {row.variable!a}," for row in found.rows)
+    return (
+        "import tensorflow as tf\n\n"
+        f"RESTORE_MAP = {{\n{pairs}\n}}\n"
+        "variables = {v.op.name: v for v in tf.compat.v1.global_variables()}\n"
+        "saver = tf.compat.v1.train.Saver(\n"
+        "    {restore: variables[name] for restore, name in RESTORE_MAP.items()}\n"
+        ")"
+    )

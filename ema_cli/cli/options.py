@@ -1,0 +1,313 @@
+"""The options commands share, in the groups their help shows, and the command class they need."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+from ema_cli.errors import EXIT_CODES, UsageError
+from ema_cli.text import near_misses, shorten
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+GROUPS = ("Input", "Average", "TensorFlow compatibility", "Output", "Resources", "Common")
+AVERAGED = ("float16", "bfloat16", "float32", "float64")
+
+
+class Option(click.Option):
+    """An option that knows under which heading of the help it stands."""
+
+    def __init__(self, *args: Any, group: str = "Common", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+
+class Command(click.Command):
+    """A command with grouped options, an example first, and its exit codes last.
+
+    It also keeps the order in which ``--include`` and ``--exclude`` stood on the command line,
+    which click forgets between two options.
+    """
+
+    def __init__(self, *args: Any, example: str = "", codes: Sequence[int] = (), **kw: Any) -> None:
+        super().__init__(*args, **kw)
+        self.example = example
+        self.codes = codes
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse as click does, noting the order of the selecting options before."""
+        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        names = [parameter.name for parameter in order]
+        ctx.meta["select"] = [name for name in names if name in ("include", "exclude")]
+        return super().parse_args(ctx, args)
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the example before the description."""
+        if self.example:
+            with formatter.section("Example"):
+                formatter.write_text(self.example)
+        super().format_help_text(ctx, formatter)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options under their headings."""
+        records: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                records.setdefault(getattr(parameter, "group", "Common"), []).append(record)
+        for group in GROUPS:
+            if group in records:
+                with formatter.section(group):
+                    formatter.write_dl(records[group])
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the exit codes this command can end with."""
+        with formatter.section("Exit status"):
+            formatter.write_dl([(str(code), EXIT_CODES[code]) for code in self.codes])
+
+
+def selected(ctx: click.Context, include: Sequence[str], exclude: Sequence[str]) -> list[Any]:
+    """Return the (kind, glob) pairs of both options in the order they were given."""
+    remaining = {"include": list(include), "exclude": list(exclude)}
+    pairs = [
+        (kind, remaining[kind].pop(0)) for kind in ctx.meta.get("select", ()) if remaining[kind]
+    ]
+    # What came from a configuration file or the environment has no place on the line: it is first.
+    return [(kind, glob) for kind, globs in remaining.items() for glob in globs] + pairs
+
+
+def _apply(options: Sequence[Callable[[F], F]]) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def _option(group: str, *names: str, **kwargs: Any) -> Callable[[F], F]:
+    return click.option(*names, cls=Option, group=group, **kwargs)
+
+
+def _configure(ctx: click.Context, _: click.Parameter, path: str | None) -> None:
+    """Take defaults from a TOML file: a table per command, an entry per option."""
+    if path is None:
+        return
+    try:
+        with open(path, "rb") as file:
+            document = tomllib.load(file)
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"--config {shorten(path)}: {error}") from None
+    table = document.get(ctx.info_name or "", {})
+    known = {parameter.name for parameter in ctx.command.params} - {"config"}
+    names = {str(name).replace("-", "_"): value for name, value in table.items()}
+    for name in names:
+        if name not in known:
+            close = near_misses(name, [k for k in known if k])
+            raise UsageError(
+                f"--config {shorten(path)}: [{ctx.info_name}] has no option '{shorten(name)}'",
+                f"did you mean {close[0]}" if close else "",
+            )
+    ctx.default_map = {**(ctx.default_map or {}), **names}
+
+
+common_options = _apply(
+    [
+        _option("Common", "--json", "as_json", is_flag=True, help="JSON on stdout."),
+        _option("Common", "-q", "--quiet", is_flag=True, help="Errors only on stderr."),
+        _option("Common", "-v", "--verbose", is_flag=True, help="Say more on stderr."),
+        _option("Common", "--no-color", is_flag=True, help="No styles; NO_COLOR does the same."),
+        _option(
+            "Common",
+            "--config",
+            type=click.Path(),
+            is_eager=True,
+            expose_value=False,
+            callback=_configure,
+            help="Defaults from a TOML file.",
+        ),
+    ]
+)
+
+strict_option = _option(
+    "Common", "--strict", is_flag=True, help="Treat warnings and unusable entries as errors."
+)
+
+select_options = _apply(
+    [
+        _option(
+            "Average",
+            "--include",
+            multiple=True,
+            metavar="GLOB",
+            help="Average these tensors too; the last match of both options wins.",
+        ),
+        _option(
+            "Average",
+            "--exclude",
+            multiple=True,
+            metavar="GLOB",
+            help="Copy these tensors from the last checkpoint.",
+        ),
+    ]
+)
+
+name_option = _option(
+    "TensorFlow compatibility",
+    "--name",
+    default="ExponentialMovingAverage",
+    show_default=True,
+    help="Name of the shadows: <variable>/NAME.",
+)
+
+input_options = _apply(
+    [
+        _option("Input", "--glob", metavar="GLOB", help="Entries to consider; may contain '/'."),
+        _option("Input", "--last", type=int, metavar="N", help="Only the newest N checkpoints."),
+        _option("Input", "--steps", metavar="A:B[:C]", help="Only steps A to B, every C-th."),
+        _option(
+            "Input", "--step-from", metavar="REGEX", help="The step in a name: the first group."
+        ),
+        _option(
+            "Input",
+            "--order",
+            type=click.Choice(("step", "given")),
+            default="step",
+            show_default=True,
+            help="Order of checkpoints that are named one by one.",
+        ),
+    ]
+)
+
+average_options = _apply(
+    [
+        _option(
+            "Average",
+            "--decay",
+            metavar="D[/step]",
+            help="Exponential average: decay per checkpoint, or per training step.",
+        ),
+        _option(
+            "Average",
+            "--average",
+            multiple=True,
+            metavar="[LABEL=]SPEC[@WINDOW]",
+            help="ema:D[/step], half-life:STEPS, mean, lr:{linear,cosine,1-sqrt}, "
+            "power:SIGMA_REL or weights:FILE; WINDOW is last=N or A:B in steps. "
+            "lr:linear is the mean.",
+        ),
+        _option(
+            "Average",
+            "--num-updates",
+            type=click.Choice(("none", "count", "step")),
+            help="Ramp min(D, (1+n)/(10+n)): n counts updates, or is the step.  [default: none]",
+        ),
+        select_options,
+        _option(
+            "TensorFlow compatibility",
+            "--init",
+            type=click.Choice(("first", "zeros")),
+            default="first",
+            show_default=True,
+            help="Start from the first checkpoint or from zeros.",
+        ),
+        _option(
+            "TensorFlow compatibility",
+            "--zero-debias",
+            is_flag=True,
+            help="Divide by TensorFlow's bias factor; implies zeros.",
+        ),
+        name_option,
+        _option(
+            "TensorFlow compatibility",
+            "--statistics",
+            type=click.Choice(("average", "copy")),
+            default="average",
+            show_default=True,
+            help="Batch-norm statistics; TensorFlow copies them.",
+        ),
+        _option(
+            "TensorFlow compatibility",
+            "--shadow-dtype",
+            type=click.Choice(("auto", "same")),
+            default="auto",
+            show_default=True,
+            help="Accumulate half types in float32, or in themselves as TensorFlow does.",
+        ),
+        _option(
+            "Average",
+            "--non-finite",
+            type=click.Choice(("error", "allow")),
+            default="error",
+            show_default=True,
+            help="What NaN or infinity in the result is.",
+        ),
+    ]
+)
+
+format_option = _option(
+    "Output", "--format", metavar="FORMAT", help="Format, if not told by the suffix or the input."
+)
+overwrite_option = _option(
+    "Output", "--overwrite", is_flag=True, help="Replace an existing output."
+)
+rule_option = _option(
+    "Output",
+    "--rule",
+    nargs=2,
+    multiple=True,
+    metavar="PATTERN REPL",
+    help="Regular expression replaced in output names.",
+)
+workers_option = _option(
+    "Resources",
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Threads; default from affinity and cgroup limits.",
+)
+
+output_options = _apply(
+    [
+        _option(
+            "Output",
+            "--names",
+            type=click.Choice(("auto", "shadow", "variable")),
+            default="auto",
+            show_default=True,
+            help="<variable>/NAME, or plain names ready to load.",
+        ),
+        _option(
+            "Output",
+            "--keep-variables",
+            is_flag=True,
+            help="Also write the last raw values beside the shadows.",
+        ),
+        rule_option,
+        _option(
+            "Output",
+            "--dtype",
+            type=click.Choice(AVERAGED),
+            help="Of averaged tensors; default their own.",
+        ),
+        format_option,
+        _option("Output", "--max-shard-size", metavar="SIZE", help="E.g. 5GB; for new folders."),
+        _option(
+            "Output",
+            "--optimizer",
+            type=click.Choice(("auto", "keep", "drop")),
+            default="auto",
+            show_default=True,
+            help="Optimizer state: auto keeps it when names stay.",
+        ),
+    ]
+)
+
+
+def debugging() -> bool:
+    """Whether tracebacks were asked for."""
+    return os.environ.get("EMA_AVG_DEBUG", "") not in ("", "0")

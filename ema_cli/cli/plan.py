@@ -1,0 +1,87 @@
+"""``ema-avg plan``: everything a run would do, before it does anything."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ema_cli.cli import options
+from ema_cli.cli.options import Command
+from ema_cli.views import Out
+
+if TYPE_CHECKING:
+    from ema_cli.plan import Plan
+
+
+@click.command(
+    cls=Command,
+    short_help="Show what a run would do, with the weight of every checkpoint.",
+    example="ema-avg plan train_dir --decay 0.999/step",
+    codes=(0, 2, 3, 10, 12, 13),
+)
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path())
+@options.input_options
+@options.average_options
+@click.option(
+    "-o", "--output", cls=options.Option, group="Output", metavar="OUT", help="As for run."
+)
+@options.output_options
+@options.workers_option
+@options.strict_option
+@options.common_options
+@click.pass_context
+def plan(ctx: click.Context, /, **given: Any) -> int:
+    """Show what `ema-avg run` with the same options would do; reads headers only.
+
+    RUN is a directory of checkpoints, or several checkpoints.
+    """
+    out, arguments = split(ctx, given)
+    return show(out, arguments)
+
+
+def split(ctx: click.Context, given: dict[str, Any]) -> tuple[Out, dict[str, Any]]:
+    """Return the way to the user and the arguments of `ema_cli.plan_run`."""
+    out = Out(
+        as_json=given.pop("as_json"),
+        quiet=given.pop("quiet"),
+        verbose=given.pop("verbose"),
+        color=not given.pop("no_color"),
+    )
+    given["select"] = options.selected(ctx, given.pop("include"), given.pop("exclude"))
+    return out, given
+
+
+def show(out: Out, arguments: dict[str, Any]) -> int:
+    """Make and print the plan; returns the exit code."""
+    from ema_cli import api
+    from ema_cli.cli import planview
+    from ema_cli.warnings import warnings
+
+    made = api.plan_run(**arguments)
+    found = warnings(made)
+    if arguments["strict"]:
+        api.refuse_warnings(found, made.run)
+    planview.passed_over(out, made.run)
+    for warning in found:
+        out.warning(*warning)
+    planview.show(out, made)
+    out.document("result", command="plan", **document(made))
+    out.flush()
+    return 3 if api.unusable(made.run) else 0
+
+
+def document(made: Plan) -> dict[str, Any]:
+    """Return the plan as JSON data."""
+    from ema_cli import record
+
+    return {
+        "averages": [record.describe(made, outcome) for outcome in made.outcomes],
+        "passed_over": [
+            {"path": entry.path, "reason": entry.reason, "unusable": entry.unusable}
+            for entry in made.run.passed_over
+        ],
+        "notes": list(made.run.notes),
+        "bytes": dataclasses.asdict(made.costs),
+    }

@@ -1,0 +1,140 @@
+"""How a plan is shown: the checkpoints with their weights, the tensors, the costs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ema_cli.text import command, percent, plural, shorten, size
+from ema_cli.views import Cell, Out
+
+if TYPE_CHECKING:
+    from ema_cli.plan import Outcome, Plan
+    from ema_cli.runs import Run
+
+
+def passed_over(out: Out, run: Run) -> None:
+    """Tell every entry that was not taken, and what was odd about those that were."""
+    for note in run.notes:
+        out.say(f"note: {note}")
+    for entry in run.passed_over:
+        word = "unusable" if entry.unusable else "passed over"
+        out.say(f"{word}: {shorten(entry.path, 1000)}: {entry.reason}")
+
+
+def show(out: Out, plan: Plan) -> None:
+    """Print the plan."""
+    checkpoints = plan.run.checkpoints
+    steps = plan.run.steps
+    span = f"step {steps[0]:,}" if len(steps) == 1 else f"steps {steps[0]:,} to {steps[-1]:,}"
+    out.line(f"{plural(len(checkpoints), 'checkpoint')}, {span}")
+    if plan.request.implicit:
+        out.line(
+            "no average was asked for: --decay 0.999 --num-updates count, TensorFlow's ramp "
+            "min(0.999, (1+n)/(10+n)); the ramp decides"
+        )
+    out.line()
+    _weights(out, plan)
+    out.line()
+    for outcome in plan.outcomes:
+        _outcome(out, plan, outcome)
+    costs = plan.costs
+    out.line(
+        f"reads {size(costs.read)}, writes {size(costs.write)}; disk {size(costs.write)} of "
+        f"{size(costs.free)} free, memory about {size(costs.memory)}"
+    )
+
+
+def _weights(out: Out, plan: Plan) -> None:
+    """One row per checkpoint: its coefficient and weight in each average."""
+    single = len(plan.outcomes) == 1
+    columns = ["checkpoint", "step"]
+    for outcome in plan.outcomes:
+        suffix = "" if single else f" {outcome.average.label}"
+        columns += [f"coefficient{suffix}", f"weight{suffix}"]
+    rows: list[list[Cell]] = []
+    for k, checkpoint in enumerate(plan.run.checkpoints):
+        row: list[Cell] = [checkpoint.path, checkpoint.step or 0]
+        for outcome in plan.outcomes:
+            coefficient = plan.schedules[outcome.schedule].coefficients[k]
+            row += [f"{coefficient:.9g}", percent(outcome.weights[k])]
+        rows.append(row)
+    out.table(columns, rows)
+
+
+def _outcome(out: Out, plan: Plan, outcome: Outcome) -> None:
+    from ema_cli.schedules import effective_count, mean_age
+
+    weights, layout = outcome.weights, outcome.layout
+    total = sum(weights)
+    sums = "" if abs(total - 1) < 1e-6 else f", the weights sum to {total:.6g}"
+    out.line(
+        f"{outcome.average.label}: {outcome.average.spec}: "
+        f"effective number of checkpoints {effective_count(weights):.1f}, "
+        f"mean age {mean_age(weights, plan.run.steps):,.0f} steps{sums}"
+    )
+    if layout.path:
+        out.line(f"  to {shorten(layout.path, 1000)}")
+    kind = "the last checkpoint's own layout" if layout.template else "a new layout"
+    out.line(f"  as {layout.format}, {layout.names} names, {kind}")
+    _tensors(out, outcome)
+    for file in layout.files:
+        if file.copy_of:
+            out.line(f"  beside the weights: {shorten(file.name)}")
+
+
+def _tensors(out: Out, outcome: Outcome) -> None:
+    """Count what is averaged, copied and left out, with each reason."""
+    selection = outcome.selection
+    nbytes = sum(tensor.extent.nbytes for tensor in selection.averaged)
+    out.line(f"  averaged: {plural(len(selection.averaged), 'tensor')}, {size(nbytes)}")
+    copied = Counter(choice.reason for choice in selection.copied)
+    left_out = dict(outcome.layout.left_out)
+    kept = [tensor for tensor in selection.optimizer if tensor.name not in left_out]
+    if kept:
+        copied["optimizer state"] += len(kept)
+    _counted(out, "copied", copied)
+    _counted(out, "left out", Counter(left_out.values()))
+    optimizer = sum(tensor.extent.nbytes for tensor in selection.optimizer)
+    if optimizer:
+        word = "kept" if kept else "left out"
+        out.line(f"  optimizer state {word}: {size(optimizer)} (--optimizer keep or drop)")
+    for choice in selection.copied:
+        out.detail(f"copied: {shorten(choice.tensor.name)}: {choice.reason}")
+    for name, reason in left_out.items():
+        out.detail(f"left out: {shorten(name)}: {reason}")
+
+
+def _counted(out: Out, word: str, reasons: Counter[str]) -> None:
+    for reason, count in reasons.items():
+        out.line(f"  {word}: {plural(count, 'tensor')} ({reason})")
+
+
+def loading(outcome: Outcome) -> str:
+    """Return the command or line of code that loads an output."""
+    path, layout = outcome.layout.path, outcome.layout
+    if layout.folder:
+        return f"AutoModel.from_pretrained({shorten(path, 1000)!r})"
+    if layout.names == "shadow":
+        return command("ema-avg", "map", path)
+    return f"safetensors.numpy.load_file({shorten(path, 1000)!r})"
+
+
+def summary(out: Out, plan: Plan, outcome: Outcome) -> None:
+    """Tell on stderr what one finished output is made of."""
+    weights: Sequence[float] = outcome.weights
+    used = [k for k, weight in enumerate(weights) if weight]
+    first, last = used[0], used[-1]
+    out.say(
+        f"{outcome.average.label}: {plural(len(used), 'checkpoint')} averaged, weights "
+        f"{percent(weights[first])} (step {plan.run.steps[first]:,}) to "
+        f"{percent(weights[last])} (step {plan.run.steps[last]:,})"
+    )
+    selection = outcome.selection
+    entries = {entry.source for entry in outcome.layout.entries if entry.part == "copy"}
+    out.say(
+        f"  {plural(len(selection.averaged), 'tensor')} averaged, {len(entries):,} copied, "
+        f"{len(outcome.layout.left_out):,} left out"
+    )
+    out.say(f"  load it: {loading(outcome)}")

@@ -1,0 +1,72 @@
+"""``ema-avg rename``: the same values under other names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ema_cli.cli import options
+from ema_cli.cli.options import Command
+from ema_cli.text import plural, printable, shorten
+from ema_cli.views import Out
+
+
+@click.command(
+    cls=Command,
+    short_help="Copy a checkpoint under other tensor names.",
+    example="ema-avg rename average.safetensors -o model.safetensors --names variable",
+    codes=(0, 2, 11, 12, 13, 14, 15, 130, 143),
+)
+@click.argument("checkpoint", metavar="IN", type=click.Path())
+@click.option(
+    "-o",
+    "--output",
+    cls=options.Option,
+    group="Output",
+    metavar="OUT",
+    required=True,
+    help="Where the copy goes.",
+)
+@click.option(
+    "--names",
+    cls=options.Option,
+    group="Output",
+    type=click.Choice(("shadow", "variable")),
+    help="variable: shadows replace their variables; shadow: the other way.",
+)
+@options.name_option
+@options.rule_option
+@options.format_option
+@options.overwrite_option
+@options.workers_option
+@options.common_options
+def rename(checkpoint: str, output: str, **given: Any) -> int:
+    """Write a copy of a checkpoint under other names; the values stay bit for bit."""
+    from ema_cli import api
+
+    out = Out(
+        as_json=given.pop("as_json"),
+        quiet=given.pop("quiet"),
+        verbose=given.pop("verbose"),
+        color=not given.pop("no_color"),
+    )
+    done = api.rename(checkpoint, output, **given)
+    for old, new in done.renamed:
+        out.detail(f"renamed: {shorten(old)} to {shorten(new)}")
+    for name in done.replaced:
+        out.say(f"replaced by its shadow: {shorten(name)}")
+    for name in done.left_out:
+        out.say(f"left out: {shorten(name)}")
+    out.say(f"{plural(len(done.renamed), 'tensor')} renamed, {done.kept:,} kept")
+    out.line(printable(done.path))
+    out.document(
+        "result",
+        command="rename",
+        path=done.path,
+        renamed=[{"from": old, "to": new} for old, new in done.renamed],
+        replaced=list(done.replaced),
+        left_out=list(done.left_out),
+    )
+    out.flush()
+    return 0

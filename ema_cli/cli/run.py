@@ -1,0 +1,99 @@
+"""``ema-avg run``: the main job."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ema_cli.cli import options
+from ema_cli.cli.options import Command
+from ema_cli.cli.plan import document, show, split
+from ema_cli.text import plural, printable, size
+
+if TYPE_CHECKING:
+    from ema_cli.api import RunResult
+    from ema_cli.views import Out
+
+
+@click.command(
+    cls=Command,
+    short_help="Average the checkpoints of a run and write the result.",
+    example="ema-avg run train_dir -o average.safetensors --decay 0.999/step",
+    codes=(0, 2, 3, 10, 11, 12, 13, 14, 15, 17, 130, 143),
+)
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path())
+@options.input_options
+@options.average_options
+@click.option(
+    "-o",
+    "--output",
+    cls=options.Option,
+    group="Output",
+    metavar="OUT",
+    required=True,
+    help="Where the result goes; may hold {step} and {average}.",
+)
+@options.output_options
+@options.overwrite_option
+@options.workers_option
+@click.option("-n", "--dry-run", cls=options.Option, is_flag=True, help="The same as plan.")
+@options.strict_option
+@options.common_options
+@click.pass_context
+def run(ctx: click.Context, /, **given: Any) -> int:
+    """Average the checkpoints of a run and write the result as a new checkpoint.
+
+    RUN is a directory of checkpoints, or several checkpoints. Without --decay or --average it is
+    TensorFlow's warm-up ramp, which suits any number of files.
+    """
+    out, arguments = split(ctx, given)
+    if arguments.pop("dry_run"):
+        arguments.pop("overwrite")
+        return show(out, arguments)
+    return _carry_out(out, arguments)
+
+
+def _carry_out(out: Out, arguments: dict[str, Any]) -> int:
+    from ema_cli import api
+    from ema_cli.cli import planview
+    from ema_cli.warnings import warnings
+
+    overwrite, strict = arguments.pop("overwrite"), arguments["strict"]
+    made = api.plan_run(**arguments)
+    planview.passed_over(out, made.run)
+    if not strict:
+        for warning in warnings(made):
+            out.warning(*warning)
+    out.document("plan", **document(made))
+    result = api.run_plan(made, overwrite=overwrite, strict=strict, on_event=out.progress)
+    _tell(out, result)
+    out.flush()
+    return 3 if result.unusable else 0
+
+
+def _tell(out: Out, result: RunResult) -> None:
+    from ema_cli.cli import planview
+
+    plan = result.plan
+    for note in result.notes:
+        out.say(f"note: {note}")
+    for outcome, written in zip(plan.outcomes, result.outputs, strict=True):
+        if written.status == "written":
+            planview.summary(out, plan, outcome)
+        out.line(f"{written.status}  {size(written.nbytes)}  {printable(written.path)}")
+    read = plan.costs.read if any(w.status == "written" for w in result.outputs) else 0
+    out.say(
+        f"read {size(read)} of {plural(len(plan.run.checkpoints), 'checkpoint')} "
+        f"in {result.seconds:.1f} s"
+    )
+    if any(entry.unusable for entry in plan.run.passed_over):
+        out.say("done, but something that looks like a checkpoint could not be used")
+    out.document(
+        "result",
+        command="run",
+        outputs=[{"path": w.path, "status": w.status, "bytes": w.nbytes} for w in result.outputs],
+        read_bytes=read,
+        seconds=result.seconds,
+        unusable=[entry.path for entry in result.unusable],
+    )

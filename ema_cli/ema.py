@@ -1,0 +1,359 @@
+"""`ExponentialMovingAverage`: TensorFlow's class, over checkpoints instead of variables."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+
+from ema_cli import formats, kernel
+from ema_cli.errors import Disagreement, UsageError
+from ema_cli.naming import SHADOW_NAME, STEP_NAMES, Role, role_of, shadow_of, unique_name
+from ema_cli.reading import ArrayReader, Blocks, TensorReader, dtype_name
+from ema_cli.schedules import debias_factor, local_step, one_minus_decay
+from ema_cli.shadows import ShadowStore, SlotWriter, Spec
+from ema_cli.steps import step_from_name, stored_step
+from ema_cli.tensors import DTYPES, Checkpoint, DType, describe, numpy_dtype
+from ema_cli.text import near_misses, shorten
+
+NumUpdates = int | str | Callable[[], int] | None
+Source = str | os.PathLike[str] | Mapping[str, Any]
+
+_BLOCK_ELEMENTS = 1 << 18
+# What TensorFlow allows in the name of a scope.
+_NAME = re.compile(r"[A-Za-z0-9_.\\/>-]*")
+
+
+class ExponentialMovingAverage:
+    """Moving averages of the tensors of successive checkpoints, bit for bit TensorFlow's.
+
+    ``shadow = shadow - (shadow - value) * (1 - decay)``, each operation rounded to the variable's
+    dtype, 1 - decay formed in float32. The first `apply` copies the values (they initialise the
+    shadows and are no update); each later one updates. Source:
+    tensorflow/python/training/moving_averages.py, `ExponentialMovingAverage`.
+
+    Args:
+        decay: in [0, 1], or a function that is called at every apply.
+        num_updates: None; an int (a constant, as TensorFlow bakes it in); a function called at
+            every apply; ``"count"`` (update k uses k) or ``"step"`` (the checkpoint's step). With
+            it the decay is min(decay, (1 + num_updates) / (10 + num_updates)).
+        zero_debias: start from zeros and divide by the bias factor, as TensorFlow does for plain
+            Tensors; here for every averaged tensor.
+        name: shadows are called ``<variable>/<name>``, made unique with ``_1`` where that is taken.
+        store: directory for the shadows (two slot files); a temporary one when None, removed with
+            the object.
+
+    Shadows live in files, in the dtype of their variables: memory does not grow with the model.
+
+    Raises:
+        UsageError: a decay outside [0, 1], an unknown `num_updates`.
+        TypeError: a decay or name of the wrong type.
+        OutputExists: `store` holds shadows already.
+
+    """
+
+    def __init__(
+        self,
+        decay: float | Callable[[], float],
+        num_updates: NumUpdates = None,
+        zero_debias: bool = False,
+        name: str = SHADOW_NAME,
+        *,
+        store: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if isinstance(decay, str) or not (callable(decay) or np.isscalar(decay)):
+            raise TypeError(f"decay: expected a number, found {type(decay).__name__}")
+        if not isinstance(name, str):
+            raise TypeError(f"name: expected a str, found {type(name).__name__}")
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"'{shorten(name)}' is not a valid scope name")
+        if isinstance(num_updates, str) and num_updates not in ("count", "step"):
+            raise UsageError(f"num_updates: expected 'count' or 'step', found '{num_updates}'")
+        self._decay = decay
+        self._num_updates = num_updates
+        self._zero_debias = zero_debias
+        self._name = name
+        directory = os.fspath(store) if store is not None else _temporary(self)
+        self._store = ShadowStore(directory)
+        self._updates = 0
+        self._local_steps: dict[str, int] = {}
+        self._specs: dict[str, tuple[DType, tuple[int, ...]]] = {}
+        self._shadow_names: dict[str, str] = {}
+        self._known: dict[str, DType] = {}
+        _check_decay(self._current_decay())
+
+    @property
+    def name(self) -> str:
+        """The name of the shadows."""
+        return self._name
+
+    # ------------------------------------------------------------------ applying
+
+    def apply(self, checkpoint: Source, var_list: Sequence[str] | None = None) -> None:
+        """Mix one checkpoint into the shadows.
+
+        Args:
+            checkpoint: path of a checkpoint, or a mapping of names to arrays.
+            var_list: names to average; by default the trainable variables: floating tensors that
+                are no batch-norm statistics, optimizer state or shadows. The other tensors are
+                kept as they are, for an export.
+
+        Raises:
+            TypeError: a variable that is not half, bfloat16, float or double is asked for.
+            Disagreement: a name is missing, or its shape or dtype is not that of its shadow.
+            InputError: the checkpoint cannot be read.
+
+        """
+        values = _Values(checkpoint)
+        names = self._averaged(values, var_list)
+        first = self._store.generation < 0
+        updates = self._updates + (0 if first and not self._zero_debias else 1)
+        coefficient = self._coefficient(values, updates)
+        known = {name: spec[0] for name, spec in values.specs.items()}
+        shadow_names = self._named(names, known)
+        specs = {**self._specs, **{name: values.specs[name] for name in names}}
+        local_steps = dict(self._local_steps)
+        with ExitStack() as stack:
+            old = self._store.current
+            writer = stack.enter_context(self._store.write(self._slot_specs(specs, values)))
+            for name in specs:
+                if name in names:
+                    local_steps[name] = local_steps.get(name, 0) + 1
+                    self._mix(writer, old, values, name, coefficient, local_steps[name])
+                else:
+                    self._keep(writer, old, name)
+            for name in values.specs:
+                if name not in specs:
+                    _transfer(writer, name, values.open(name))
+        self._updates, self._local_steps, self._specs = updates, local_steps, specs
+        self._shadow_names, self._known = shadow_names, known
+
+    def _averaged(self, values: _Values, var_list: Sequence[str] | None) -> dict[str, None]:
+        """Return the names to average, in order and once each, after TensorFlow's checks."""
+        if var_list is None:
+            return {
+                name: None
+                for name, (dtype, _) in values.specs.items()
+                if dtype.averaged and role_of(name, self._name) is Role.VARIABLE
+            }
+        for name in var_list:
+            if name not in values.specs:
+                close = near_misses(name, values.specs)
+                raise Disagreement(
+                    f"{values.where}: tensor '{shorten(name)}' is missing",
+                    f"did you mean {' or '.join(shorten(c) for c in close)}" if close else "",
+                )
+            dtype, shape = values.specs[name]
+            if not dtype.averaged:
+                raise TypeError(f"The variables must be half, float, or double: {shorten(name)}")
+            if name in self._specs and self._specs[name] != (dtype, shape):
+                raise Disagreement(
+                    f"{values.where}: tensor '{shorten(name)}': expected "
+                    f"{describe(*self._specs[name])} as its shadow, found {describe(dtype, shape)}"
+                )
+        return dict.fromkeys(var_list)
+
+    def _current_decay(self) -> float:
+        return float(self._decay() if callable(self._decay) else self._decay)
+
+    def _coefficient(self, values: _Values, updates: int) -> float:
+        """Return 1 - decay for this apply; see `ema_cli.schedules.one_minus_decay`."""
+        decay = self._current_decay()
+        _check_decay(decay)
+        n: float | None
+        if self._num_updates == "count":
+            n = updates
+        elif self._num_updates == "step":
+            n = values.step()
+        elif callable(self._num_updates):
+            n = float(self._num_updates())
+        else:
+            n = None if self._num_updates is None else float(self._num_updates)
+        return float(one_minus_decay(decay, n))
+
+    def _named(self, names: Mapping[str, None], known: Mapping[str, DType]) -> dict[str, str]:
+        """Return the shadows' names with those of new variables, made unique."""
+        named = dict(self._shadow_names)
+        for name in names:
+            if name not in named:
+                taken = {*known, *named.values()}
+                named[name] = unique_name(shadow_of(name, self._name), taken)
+        return named
+
+    def _slot_specs(
+        self, specs: Mapping[str, tuple[DType, tuple[int, ...]]], values: _Values
+    ) -> list[Spec]:
+        slot = [(name, *spec) for name, spec in specs.items()]
+        if self._zero_debias:
+            for name, (dtype, shape) in specs.items():
+                slot.append((self._biased(name), dtype, shape))
+                slot.append((f"{shadow_of(name, self._name)}/local_step", dtype, ()))
+        taken = {name for name, _, _ in slot}
+        slot += [(name, *spec) for name, spec in values.specs.items() if name not in taken]
+        return slot
+
+    def _biased(self, name: str) -> str:
+        return f"{shadow_of(name, self._name)}/biased"
+
+    def _mix(
+        self,
+        writer: SlotWriter,
+        old: Checkpoint | None,
+        values: _Values,
+        name: str,
+        coefficient: float,
+        updates: int,
+    ) -> None:
+        """Write the next generation of one shadow."""
+        dtype = numpy_dtype(values.specs[name][0].name)
+        stored = self._biased(name) if self._zero_debias else name
+        c = dtype.type(coefficient)
+        factor = debias_factor(coefficient, updates, dtype) if self._zero_debias else 1.0
+        with ExitStack() as stack:
+            value = stack.enter_context(values.open(name))
+            before: Blocks | None = None
+            if old is not None and name in self._specs:
+                before = stack.enter_context(TensorReader(old, old.index.by_name[stored]))
+            for start in range(0, value.elements, _BLOCK_ELEMENTS):
+                block = value.block(start, min(_BLOCK_ELEMENTS, value.elements - start))
+                if before is not None or self._zero_debias:
+                    shadow = before.block(start, len(block)) if before else np.zeros_like(block)
+                    kernel.update(shadow, block, c, block)
+                else:
+                    shadow = block
+                writer.put(stored, start, shadow)
+                if self._zero_debias:
+                    kernel.divide(shadow, factor, shadow)
+                    writer.put(name, start, shadow)
+        if self._zero_debias:
+            counter = np.array([local_step(updates, dtype)]).astype(dtype)
+            writer.put(f"{shadow_of(name, self._name)}/local_step", 0, counter)
+
+    def _keep(self, writer: SlotWriter, old: Checkpoint | None, name: str) -> None:
+        """Carry a shadow that this apply does not touch into the next generation."""
+        assert old is not None  # noqa: S101  # a shadow that exists lies in a slot
+        names = [name]
+        if self._zero_debias:
+            names += [self._biased(name), f"{shadow_of(name, self._name)}/local_step"]
+        for stored in names:
+            _transfer(writer, stored, TensorReader(old, old.index.by_name[stored]))
+
+    # ------------------------------------------------------------------ asking
+
+    def average(self, name: str) -> kernel.Array | None:
+        """Return the shadow of variable `name`, or None when it is not averaged.
+
+        The array has the variable's shape and dtype, is mapped read-only from the shadow's file,
+        and stays valid until the second next `apply`.
+        """
+        return self._store.read(name) if name in self._specs else None
+
+    def average_name(self, name: str) -> str:
+        """Return what the shadow of variable `name` is, or would be, called.
+
+        After `apply` the name it has; before, ``<name>/<self.name>`` made unique among the
+        tensors known so far.
+        """
+        if name in self._shadow_names:
+            return self._shadow_names[name]
+        taken = {*self._known, *self._shadow_names.values()}
+        return unique_name(shadow_of(name, self._name), taken)
+
+    def variables_to_restore(
+        self, moving_avg_variables: Sequence[str] | None = None
+    ) -> dict[str, str]:
+        """Return {restore name: variable name} as an evaluation program asks for it.
+
+        Args:
+            moving_avg_variables: asked for under their shadows' names; by default the trainable
+                variables and those that were averaged.
+
+        All other tensors of the last applied checkpoint stand under their own names, unless such
+        a name is a key already.
+
+        """
+        if moving_avg_variables is None:
+            trainable = [
+                name
+                for name, dtype in self._known.items()
+                if dtype.averaged and role_of(name, self._name) is Role.VARIABLE
+            ]
+            moving_avg_variables = [*trainable, *self._specs]
+        asked = {self.average_name(name): name for name in dict.fromkeys(moving_avg_variables)}
+        for name in self._known:
+            if name not in asked.values():
+                asked.setdefault(name, name)
+        return asked
+
+
+def _temporary(owner: object) -> str:
+    directory = tempfile.mkdtemp(prefix="ema-avg-")
+    weakref.finalize(owner, shutil.rmtree, directory, ignore_errors=True)
+    return directory
+
+
+def _check_decay(decay: float) -> None:
+    if not 0 <= decay <= 1:
+        raise UsageError(f"decay: expected a number in [0, 1], found {decay}")
+
+
+def _transfer(writer: SlotWriter, name: str, reader: TensorReader | ArrayReader) -> None:
+    with reader as source:
+        for start in range(0, source.elements, _BLOCK_ELEMENTS):
+            count = min(_BLOCK_ELEMENTS, source.elements - start)
+            writer.put(name, start, source.block(start, count))
+
+
+class _Values:
+    """The tensors of one checkpoint, wherever they are.
+
+    Attributes:
+        where: for messages.
+        specs: dtype and shape of each tensor, in order.
+
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._checkpoint: Checkpoint | None = None
+        self._arrays: dict[str, kernel.Array] = {}
+        if isinstance(source, Mapping):
+            self.where = "the mapping"
+            self._arrays = {name: np.asarray(value) for name, value in source.items()}
+            self.specs = {name: _spec(name, array) for name, array in self._arrays.items()}
+        else:
+            self._checkpoint = formats.read(os.fspath(source), {})
+            self.where = shorten(self._checkpoint.path, 1000)
+            tensors = self._checkpoint.index.tensors
+            self.specs = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
+
+    def open(self, name: str) -> TensorReader | ArrayReader:
+        """Return a reader of one tensor."""
+        if self._checkpoint is None:
+            return ArrayReader(self._arrays[name])
+        return TensorReader(self._checkpoint, self._checkpoint.index.by_name[name])
+
+    def step(self) -> int:
+        """Return the training step: stored, or told by the name. Raises `Disagreement`."""
+        if self._checkpoint is not None:
+            stored = stored_step(self._checkpoint)
+            step = stored.value if stored else step_from_name(self._checkpoint.name)
+            if step is not None:
+                return step
+        for name in STEP_NAMES:
+            if name in self._arrays and self._arrays[name].size == 1:
+                return int(self._arrays[name].reshape(-1)[0])
+        raise Disagreement(f"{self.where}: no step: expected a scalar called global_step")
+
+
+def _spec(name: str, array: kernel.Array) -> tuple[DType, tuple[int, ...]]:
+    dtype = dtype_name(array)
+    if dtype is None:
+        raise TypeError(f"'{shorten(name)}': no checkpoint can hold dtype {array.dtype}")
+    return DTYPES[dtype], array.shape

@@ -1,0 +1,175 @@
+"""The terminal: data on stdout, talk on stderr. The only importer of rich."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+from ema_cli.errors import EmaError
+from ema_cli.text import printable, size
+
+if TYPE_CHECKING:
+    from ema_cli.engine import Progress
+
+SCHEMA = 1
+Cell = str | int | float
+
+
+class Out:
+    """One command's way to the user.
+
+    Args:
+        as_json: documents on stdout instead of text; the last one is ``result`` or ``error``.
+        quiet: errors only on stderr.
+        verbose: also what is usually not worth a line.
+        color: styles are allowed (never needed to understand).
+
+    """
+
+    def __init__(
+        self,
+        *,
+        as_json: bool = False,
+        quiet: bool = False,
+        verbose: bool = False,
+        color: bool = True,
+    ) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+        self.verbose = verbose
+        self._stdout: TextIO = sys.stdout
+        self._stderr: TextIO = sys.stderr
+        plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+        self._color = color and not plain
+        self._progress = _Progress(self._stderr)
+
+    # ------------------------------------------------------------------ stdout
+
+    def line(self, text: str = "") -> None:
+        """Write one line of data, unless JSON was asked for."""
+        if not self.as_json:
+            self._stdout.write(text + "\n")
+
+    def document(self, kind: str, **fields: Any) -> None:
+        """Write one JSON line, if JSON was asked for."""
+        if self.as_json:
+            text = json.dumps({"type": kind, "schema": SCHEMA, **fields}, default=str)
+            self._stdout.write(text + "\n")
+
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:
+        """Write a table: aligned on a terminal, full-width tab-separated values in a pipe.
+
+        Names are printed whole, with control characters escaped, never interpreted as markup.
+        """
+        if self.as_json:
+            return
+        cells = [[_shown(cell) for cell in row] for row in rows]
+        if not self._stdout.isatty():
+            self._stdout.writelines("\t".join(row) + "\n" for row in [list(columns), *cells])
+            return
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        numeric = [_numeric(row[k] for row in cells) for k in range(len(columns))]
+        for title, is_number in zip(columns, numeric, strict=True):
+            justify: Any = "right" if is_number else "left"
+            table.add_column(Text(title), justify=justify, overflow="fold")
+        for row in cells:
+            table.add_row(*(Text(cell) for cell in row))
+        self._console(self._stdout).print(table)
+
+    def _console(self, stream: TextIO) -> Any:
+        from rich.console import Console
+
+        return Console(file=stream, no_color=not self._color, highlight=False, soft_wrap=False)
+
+    # ------------------------------------------------------------------ stderr
+
+    def say(self, text: str) -> None:
+        """Write a line of talk."""
+        if not self.quiet:
+            self._stderr.write(text + "\n")
+
+    def detail(self, text: str) -> None:
+        """Write a line of talk that only ``-v`` asks for."""
+        if self.verbose:
+            self.say(text)
+
+    def warning(self, code: str, message: str, hint: str) -> None:
+        """Write a warning with its stable code, and its hint apart."""
+        self.document("warning", code=code, message=message, hint=hint)
+        if not self.quiet:
+            self._stderr.write(f"warning: {message} [{code}]\n")
+            self._hint(hint)
+
+    def error(self, error: EmaError) -> None:
+        """Write an error: what and where, then a blank line and the hint."""
+        self._progress.clear()
+        self.document(
+            "error",
+            code=error.exit_code,
+            error=type(error).__name__,
+            message=error.message,
+            hint=error.hint,
+        )
+        self._stderr.write(f"ema-avg: error: {error.message}\n")
+        if error.hint:
+            self._stderr.write("\n")
+            self._hint(error.hint)
+
+    def _hint(self, hint: str) -> None:
+        for number, text in enumerate(hint.splitlines()):
+            self._stderr.write(f"{'hint: ' if number == 0 else '      '}{text}\n")
+
+    def progress(self, event: Progress) -> None:
+        """Show how far a run is: one changing line, on a terminal only."""
+        if not self.quiet and not self.as_json and self._stderr.isatty():
+            self._progress.show(event)
+
+    def flush(self) -> None:
+        """Write out what is buffered; raises `BrokenPipeError` when nobody reads."""
+        self._progress.clear()
+        self._stdout.flush()
+
+
+class _Progress:
+    """A line that is rewritten at most five times a second."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._started = time.monotonic()
+        self._shown = 0.0
+        self._visible = False
+
+    def show(self, event: Progress) -> None:
+        now = time.monotonic()
+        if now - self._shown < 0.2 or now - self._started < 0.5:
+            return
+        self._shown, self._visible = now, True
+        rate = event.read / max(now - self._started, 1e-9)
+        left = (event.total - event.read) / rate if rate else 0.0
+        share = event.read / event.total if event.total else 1.0
+        self._stream.write(
+            f"\r\x1b[K{share:4.0%}  {size(event.read)} of {size(event.total)}  "
+            f"{size(int(rate))}/s  {left:.0f} s left"
+        )
+        self._stream.flush()
+
+    def clear(self) -> None:
+        if self._visible:
+            self._stream.write("\r\x1b[K")
+            self._visible = False
+
+
+def _shown(cell: Cell) -> str:
+    return printable(cell) if isinstance(cell, str) else str(cell)
+
+
+def _numeric(cells: Iterable[str]) -> bool:
+    return all(cell.strip("-.,% e0123456789") == "" for cell in cells)
