@@ -16,7 +16,7 @@ import numpy as np
 from ema_cli import formats, kernel
 from ema_cli.errors import Disagreement, UsageError
 from ema_cli.naming import SHADOW_NAME, STEP_NAMES, Role, role_of, shadow_of, unique_name
-from ema_cli.reading import ArrayReader, Blocks, TensorReader, dtype_name
+from ema_cli.reading import ArrayReader, TensorReader, dtype_name
 from ema_cli.schedules import debias_factor, local_step, one_minus_decay
 from ema_cli.shadows import ShadowStore, SlotWriter, Spec
 from ema_cli.steps import step_from_name, stored_step
@@ -68,7 +68,7 @@ class ExponentialMovingAverage:
         *,
         store: str | os.PathLike[str] | None = None,
     ) -> None:
-        if isinstance(decay, str) or not (callable(decay) or np.isscalar(decay)):
+        if not (callable(decay) or isinstance(decay, float | int | np.floating | np.integer)):
             raise TypeError(f"decay: expected a number, found {type(decay).__name__}")
         if not isinstance(name, str):
             raise TypeError(f"name: expected a str, found {type(name).__name__}")
@@ -161,7 +161,7 @@ class ExponentialMovingAverage:
         return dict.fromkeys(var_list)
 
     def _current_decay(self) -> float:
-        return float(self._decay() if callable(self._decay) else self._decay)
+        return float(self._decay()) if callable(self._decay) else float(self._decay)
 
     def _coefficient(self, values: _Values, updates: int) -> float:
         """Return 1 - decay for this apply; see `ema_cli.schedules.one_minus_decay`."""
@@ -217,8 +217,9 @@ class ExponentialMovingAverage:
         c = dtype.type(coefficient)
         factor = debias_factor(coefficient, updates, dtype) if self._zero_debias else 1.0
         with ExitStack() as stack:
-            value = stack.enter_context(values.open(name))
-            before: Blocks | None = None
+            value = values.open(name)
+            stack.enter_context(value)
+            before: TensorReader | None = None
             if old is not None and name in self._specs:
                 before = stack.enter_context(TensorReader(old, old.index.by_name[stored]))
             for start in range(0, value.elements, _BLOCK_ELEMENTS):
@@ -305,10 +306,10 @@ def _check_decay(decay: float) -> None:
 
 
 def _transfer(writer: SlotWriter, name: str, reader: TensorReader | ArrayReader) -> None:
-    with reader as source:
-        for start in range(0, source.elements, _BLOCK_ELEMENTS):
-            count = min(_BLOCK_ELEMENTS, source.elements - start)
-            writer.put(name, start, source.block(start, count))
+    with reader:
+        for start in range(0, reader.elements, _BLOCK_ELEMENTS):
+            count = min(_BLOCK_ELEMENTS, reader.elements - start)
+            writer.put(name, start, reader.block(start, count))
 
 
 class _Values:

@@ -320,8 +320,9 @@ def _mix(
     """Pass the checkpoints through one block; returns the bytes read."""
     read = 0
     alone = len(piece.accumulators) == 1
-    for shadow in buffers.shadows:
-        shadow[:count] = 0
+    for shadow, coefficients in zip(buffers.shadows, buffers.coefficients, strict=True):
+        if next((c for c in coefficients if c), 0) != 1:
+            shadow[:count] = 0
     for k, source in enumerate(piece.sources):
         if not any(coefficients[k] for coefficients in buffers.coefficients):
             continue

@@ -20,7 +20,7 @@ from ema_cli.text import shorten
 
 # Elements of one block. Accumulator, value and scratch stay in a core's second level cache while
 # the checkpoints pass through; half as many cost more calls, four times as many spill to memory.
-BLOCK_ELEMENTS = 1 << 16
+BLOCK_ELEMENTS = 1 << 17
 # Elements of one task: enough to forget what opening its files costs.
 TASK_ELEMENTS = 1 << 21
 # The interpreter with NumPy, click and the reference reader, before any plan.

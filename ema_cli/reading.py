@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import os
 from types import TracebackType
-from typing import Protocol
 
 import numpy as np
 
 from ema_cli.files import check_unchanged, open_input, read_exact
 from ema_cli.kernel import Array
 from ema_cli.tensors import DTYPES, Checkpoint, Tensor, numpy_dtype
-
-
-class Blocks(Protocol):
-    """Something that gives flat blocks of elements."""
-
-    def block(self, start: int, count: int) -> Array:
-        """Return a new flat array of `count` elements from element `start`."""
 
 
 class TensorReader:
