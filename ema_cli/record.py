@@ -65,23 +65,28 @@ def _inputs(plan: Plan, outcome: Outcome) -> list[dict[str, Any]]:
     return rows
 
 
-def plan_digest(plan: Plan, outcome: Outcome) -> str:
+def plan_digest(document: dict[str, Any], outcome: Outcome) -> str:
     """Return what two plans share when they would write the same output.
 
     Inputs count by name, size, time and header, not by directory; versions do not count.
     """
-    document = describe(plan, outcome)
-    del document["tool"]
-    document["output"].pop("path")
-    for row in document["inputs"]:
-        row["path"] = row["path"].rstrip("/").rpartition("/")[2]
-        for file in row["files"]:
-            file["path"] = file["path"].rpartition("/")[2]
-    layout = outcome.layout
-    document["entries"] = [
-        [e.name, e.dtype.name, list(e.shape), e.part, e.source] for e in layout.entries
+    inputs = [
+        {
+            **row,
+            "path": _last(row["path"]),
+            "files": [{**file, "path": _last(file["path"])} for file in row["files"]],
+        }
+        for row in document["inputs"]
     ]
-    return provenance.digest_of(document)
+    output = {key: value for key, value in document["output"].items() if key != "path"}
+    entries = [[e.name, e.dtype.name, e.shape, e.part, e.source] for e in outcome.layout.entries]
+    rest = {"inputs": inputs, "output": output, "entries": entries}
+    average = document["average"]
+    return provenance.digest_of({**rest, "average": average})
+
+
+def _last(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]
 
 
 def sealed(

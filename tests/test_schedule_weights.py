@@ -226,7 +226,7 @@ def test_name_wins_over_step() -> None:
 
 def test_unknown_key_is_refused() -> None:
     """A key that matches no checkpoint is an error, with the steps there are."""
-    with pytest.raises(Disagreement, match="'400'.*steps: 100, 200") as caught:
+    with pytest.raises(Disagreement, match=r"'400'.*steps: 100, 200") as caught:
         coefficients(Weights((("100", 1.0), ("400", 1.0))), [100, 200])
     assert caught.value.exit_code == 13
 

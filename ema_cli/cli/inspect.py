@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @options.common_options
 def inspect(path: str, name: str, as_json: bool, quiet: bool, verbose: bool, no_color: bool) -> int:
     """Show the tensors of a checkpoint, or the checkpoints of a run; reads headers only."""
-    from ema_cli import api
+    from ema_cli import api, running
     from ema_cli.runs import Run
 
     out = Out(as_json=as_json, quiet=quiet, verbose=verbose, color=not no_color)
@@ -36,7 +36,7 @@ def inspect(path: str, name: str, as_json: bool, quiet: bool, verbose: bool, no_
     code = 0
     if isinstance(found, Run):
         _run(out, found)
-        code = 3 if api.unusable(found) else 0
+        code = 3 if running.unusable(found) else 0
     else:
         _checkpoint(out, found, name)
     out.flush()

@@ -55,21 +55,21 @@ def split(ctx: click.Context, given: dict[str, Any]) -> tuple[Out, dict[str, Any
 
 def show(out: Out, arguments: dict[str, Any]) -> int:
     """Make and print the plan; returns the exit code."""
-    from ema_cli import api
+    from ema_cli import api, running
     from ema_cli.cli import planview
     from ema_cli.warnings import warnings
 
     made = api.plan_run(**arguments)
     found = warnings(made)
     if arguments["strict"]:
-        api.refuse_warnings(found, made.run)
+        running.refuse_warnings(found, made.run)
     planview.passed_over(out, made.run)
     for warning in found:
         out.warning(*warning)
     planview.show(out, made)
     out.document("result", command="plan", **document(made))
     out.flush()
-    return 3 if api.unusable(made.run) else 0
+    return 3 if running.unusable(made.run) else 0
 
 
 def document(made: Plan) -> dict[str, Any]:

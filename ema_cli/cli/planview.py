@@ -28,7 +28,8 @@ def show(out: Out, plan: Plan) -> None:
     checkpoints = plan.run.checkpoints
     steps = plan.run.steps
     span = f"step {steps[0]:,}" if len(steps) == 1 else f"steps {steps[0]:,} to {steps[-1]:,}"
-    out.line(f"{plural(len(checkpoints), 'checkpoint')}, {span}")
+    where = f"{shorten(plan.request.paths[0], 1000)}: " if plan.run.searched else ""
+    out.line(f"{where}{plural(len(checkpoints), 'checkpoint')}, {span}")
     if plan.request.implicit:
         out.line(
             "no average was asked for: --decay 0.999 --num-updates count, TensorFlow's ramp "
@@ -55,7 +56,8 @@ def _weights(out: Out, plan: Plan) -> None:
         columns += [f"coefficient{suffix}", f"weight{suffix}"]
     rows: list[list[Cell]] = []
     for k, checkpoint in enumerate(plan.run.checkpoints):
-        row: list[Cell] = [checkpoint.path, checkpoint.step or 0]
+        shown = checkpoint.name if plan.run.searched else checkpoint.path
+        row: list[Cell] = [shown, checkpoint.step or 0]
         for outcome in plan.outcomes:
             coefficient = plan.schedules[outcome.schedule].coefficients[k]
             row += [f"{coefficient:.9g}", percent(outcome.weights[k])]

@@ -12,7 +12,7 @@ from ema_cli.cli.plan import document, show, split
 from ema_cli.text import plural, printable, size
 
 if TYPE_CHECKING:
-    from ema_cli.api import RunResult
+    from ema_cli.running import RunResult
     from ema_cli.views import Out
 
 
@@ -55,7 +55,7 @@ def run(ctx: click.Context, /, **given: Any) -> int:
 
 
 def _carry_out(out: Out, arguments: dict[str, Any]) -> int:
-    from ema_cli import api
+    from ema_cli import api, running
     from ema_cli.cli import planview
     from ema_cli.warnings import warnings
 
@@ -66,7 +66,7 @@ def _carry_out(out: Out, arguments: dict[str, Any]) -> int:
         for warning in warnings(made):
             out.warning(*warning)
     out.document("plan", **document(made))
-    result = api.run_plan(made, overwrite=overwrite, strict=strict, on_event=out.progress)
+    result = running.run_plan(made, overwrite=overwrite, strict=strict, on_event=out.progress)
     _tell(out, result)
     out.flush()
     return 3 if result.unusable else 0

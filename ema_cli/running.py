@@ -1,0 +1,183 @@
+"""From a plan to published outputs: create, compute, seal, check, publish."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from ema_cli import engine, files, flaws, provenance, record
+from ema_cli import plan as planning
+from ema_cli.engine import Progress
+from ema_cli.errors import InputError, UsageError
+from ema_cli.layout import Layout
+from ema_cli.output import Unpublished, check_destination
+from ema_cli.plan import Outcome, Plan
+from ema_cli.runs import PassedOver, Run
+from ema_cli.text import shorten
+from ema_cli.warnings import PlanWarning, warnings
+
+OnEvent = Callable[[Progress], None]
+# Provenance as far as the plan knows it, and the digest by which an equal output is recognised.
+Document = tuple[dict[str, Any], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """One output of a run.
+
+    Attributes:
+        path: where it is.
+        status: ``written``, or ``unchanged`` when an equal output was there already.
+        nbytes: its size.
+
+    """
+
+    path: str
+    status: str
+    nbytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class RunResult:
+    """What `average_run` did.
+
+    Attributes:
+        plan: what was carried out.
+        outputs: one per average, in order.
+        warnings: those of the plan.
+        seconds: wall clock time, planning included.
+        notes: what could not be promised, e.g. reserved space.
+
+    """
+
+    plan: Plan
+    outputs: tuple[Written, ...]
+    warnings: tuple[PlanWarning, ...]
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def unusable(self) -> tuple[PassedOver, ...]:
+        """Entries that look like checkpoints and could not be used (exit code 3)."""
+        return unusable(self.plan.run)
+
+
+def unusable(run: Run) -> tuple[PassedOver, ...]:
+    """Return the entries of a run that look like checkpoints and could not be used."""
+    return tuple(entry for entry in run.passed_over if entry.unusable)
+
+
+def run_plan(
+    plan: Plan,
+    *,
+    overwrite: bool = False,
+    strict: bool = False,
+    executor: Executor | None = None,
+    on_event: OnEvent | None = None,
+) -> RunResult:
+    """Carry out a plan made by `plan_run`; see `average_run`."""
+    started = time.monotonic()
+    if plan.request.output is None:
+        raise UsageError("no output: expected -o OUT")
+    found = tuple(warnings(plan))
+    if strict:
+        refuse_warnings(found, plan.run)
+    documents = [_document(plan, outcome) for outcome in plan.outcomes]
+    same = [
+        not overwrite and (provenance.load(outcome.layout.path) or {}).get("plan") == digest
+        for outcome, (_, digest) in zip(plan.outcomes, documents, strict=True)
+    ]
+    notes: list[str] = []
+    if any(same) and not all(same):
+        averages = [o.average for o, done in zip(plan.outcomes, same, strict=True) if not done]
+        rest = planning.make(dataclasses.replace(plan.request, averages=tuple(averages)))
+        documents = [_document(rest, outcome) for outcome in rest.outcomes]
+        notes = _write(rest, documents, overwrite, executor, on_event)
+    elif not all(same):
+        notes = _write(plan, documents, overwrite, executor, on_event)
+    outputs = tuple(
+        Written(o.layout.path, "unchanged" if done else "written", o.layout.nbytes)
+        for o, done in zip(plan.outcomes, same, strict=True)
+    )
+    return RunResult(plan, outputs, found, time.monotonic() - started, tuple(notes))
+
+
+def _document(plan: Plan, outcome: Outcome) -> Document:
+    document = record.describe(plan, outcome)
+    return document, record.plan_digest(document, outcome)
+
+
+def _ignore(event: Progress) -> None:
+    del event
+
+
+def refuse_warnings(found: Sequence[PlanWarning], run: Run) -> None:
+    """Raise the first warning or unusable entry as an error, as ``strict`` asks."""
+    for warning in found:
+        raise UsageError(f"--strict: {warning.code}: {warning.message}", warning.hint)
+    for entry in unusable(run):
+        raise InputError(f"--strict: {shorten(entry.path, 1000)}: {entry.reason}")
+
+
+def _write(
+    plan: Plan,
+    documents: Sequence[Document],
+    overwrite: bool,
+    executor: Executor | None,
+    on_event: OnEvent | None,
+) -> list[str]:
+    """Compute and publish all outputs of a plan; returns notes."""
+    layouts = [outcome.layout for outcome in plan.outcomes]
+    if len({layout.path.rstrip("/") for layout in layouts}) < len(layouts):
+        raise UsageError(f"-o {shorten(layouts[0].path)}: two averages have the same output")
+    for layout in layouts:
+        check_destination(layout, plan.inputs, overwrite=overwrite)
+    return produce(plan, layouts, documents, executor, on_event)
+
+
+def produce(
+    plan: Plan,
+    layouts: Sequence[Layout],
+    documents: Sequence[Document],
+    executor: Executor | None,
+    on_event: OnEvent | None = None,
+) -> list[str]:
+    """Compute and publish the outputs of a plan; returns what could not be promised.
+
+    Args:
+        plan: what to compute.
+        layouts: of the outputs, in the order of the plan's targets.
+        documents: their provenance without what only the finished output knows, and plan digests.
+        executor: given, or None for threads.
+        on_event: told of progress.
+
+    """
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(_executor(executor, plan.request.workers))
+        made = [stack.enter_context(Unpublished(layout)) for layout in layouts]
+        paths = [path for one in made for path in one.paths]
+        flaw = engine.carry_out(plan, paths, pool, on_event or _ignore)
+        if flaw is not None:
+            raise flaws.explain(plan, flaw)
+        sums = [one.seal(pool) for one in made]
+        files.check_all_unchanged(plan.inputs)
+        for one, checksums, (document, digest) in zip(made, sums, documents, strict=True):
+            sealed = record.sealed(document, digest, one.fingerprint(), checksums)
+            provenance.save(one.destination, sealed)
+            one.publish()
+        return [note for one in made for note in one.notes]
+
+
+@contextlib.contextmanager
+def _executor(given: Executor | None, workers: int) -> Iterator[Executor]:
+    """Yield the executor that was given, or threads that end with the context."""
+    if given is not None:
+        yield given
+        return
+    with ThreadPoolExecutor(workers, thread_name_prefix="ema-avg") as pool:
+        yield pool

@@ -1,0 +1,130 @@
+"""The architecture, checked: imports go only downwards, and each library has one importer."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "ema_cli"
+
+# Top to bottom; a module may import only from rows below its own.
+ROWS: list[set[str]] = [
+    {"__main__"},
+    {"cli"},
+    {"cli.diff", "cli.inspect", "cli.map", "cli.rename", "cli.run"},
+    {"cli.plan"},
+    {"cli.planview", "cli.options"},
+    {"views"},
+    {"api", "ema"},
+    {"running"},
+    {"flaws"},
+    {"engine", "comparison", "restoring", "renaming"},
+    {"record", "warnings", "reading"},
+    {"plan", "output", "shadows"},
+    {"ranges"},
+    {"layout"},
+    {"selection"},
+    {"runs"},
+    {"provenance", "steps"},
+    {"formats"},
+    {"formats.sharded"},
+    {"formats.safetensors"},
+    {"specs", "files", "kernel"},
+    {"schedules", "naming"},
+    {"tensors", "machine"},
+    {"errors"},
+    {"text"},
+]
+RANK = {name: -row for row, names in enumerate(ROWS) for name in names}
+
+# The package itself names its public modules as strings and imports them on first use.
+LAZY = {"__init__"}
+
+IMPORTERS = {
+    "click": "cli",
+    "rich": "views",
+    "safetensors": "output",
+    "fastcrc": "output",
+    "ml_dtypes": "tensors",
+}
+
+
+def modules() -> dict[str, Path]:
+    """Return every module of the package by its dotted name inside it."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    """Return the dotted names a module imports, type-checking imports included."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            module = node.module or ""
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def inside(name: str) -> str | None:
+    """Return the module of the package that a dotted name belongs to, or None."""
+    parts = name.split(".")
+    if parts[0] != "ema_cli":
+        return None
+    known = modules()
+    for end in range(len(parts), 1, -1):
+        if (candidate := ".".join(parts[1:end])) in known:
+            return candidate
+    return None
+
+
+@pytest.mark.parametrize("name", [n for n in modules() if n not in LAZY])
+def test_imports_go_downwards(name: str) -> None:
+    """A module imports only from lower rows."""
+    assert name in RANK, f"{name} has no row: give it one"
+    for target in {inside(imported_name) for imported_name in imported(modules()[name])} - {None}:
+        if target != name:
+            assert RANK[target] < RANK[name], f"{name} may not import {target}"
+
+
+def test_rows_name_real_modules() -> None:
+    """The table holds nothing that has gone."""
+    assert set(RANK) == set(modules()) - LAZY
+
+
+@pytest.mark.parametrize("library", IMPORTERS)
+def test_one_importer_per_library(library: str) -> None:
+    """Each third-party package is imported in one place."""
+    users = {
+        name.split(".")[0] if library == "click" else name
+        for name, path in modules().items()
+        if any(i.split(".")[0] == library for i in imported(path))
+    }
+    assert users == {IMPORTERS[library]}
+
+
+@pytest.mark.parametrize("name", modules())
+def test_files_stay_short(name: str) -> None:
+    """No module is longer than 450 lines."""
+    assert len(modules()[name].read_text(encoding="utf-8").splitlines()) <= 450
+
+
+def test_nothing_is_unpickled_or_executed() -> None:
+    """No module can run what a file says."""
+    forbidden = {"pickle", "marshal", "shelve", "subprocess", "runpy"}
+    for name, path in modules().items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert not {i.split(".")[0] for i in imported(path)} & forbidden, name
+        calls = {
+            n.func.id
+            for n in ast.walk(tree)
+            if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+        }
+        assert not calls & {"eval", "exec", "compile", "__import__"}, name
