@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +32,7 @@ def read_in_child(path: Path) -> tuple[str, int]:
     The peak comes from /proc where there is one: ru_maxrss of a child starts at its parent's.
     """
     done = subprocess.run(
-        [sys.executable, "-c", READ, path], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", READ, path], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
     *said, peak = done.stdout.splitlines()
@@ -55,7 +53,7 @@ def test_a_header_of_60_mb_is_refused_before_it_is_read(tmp_path: Path) -> None:
 
 def test_the_largest_legal_header_is_read_in_bounded_memory(tmp_path: Path) -> None:
     """A header just under the limit, the smallest tensors possible, is read within 150 MiB."""
-    count = 16 * MIB // 64 - 1000
+    count = 16 * MIB // 67
     path = many_tensors(tmp_path / FILE, count)
     assert 15 * MIB < path.stat().st_size < 16 * MIB
     said, peak = read_in_child(path)
@@ -79,9 +77,7 @@ BOMBS = (
     _bomb("16 million spaces", b"{" + b" " * (15 * MIB), "not JSON"),
     _bomb("7 million empty lists", b'{"a":[' + b"[]," * (5 * MIB) + b"[]]}", "'a'"),
     _bomb("a name of 15 MB", b'{"%b":{}}' % (b"n" * (15 * MIB)), "expected the fields"),
-    _bomb("a shape of 7 million ones", b'{"a":{"dtype":"F32","shape":[1%b],"data_offsets":[0,4]}}')
-    if False
-    else _bomb(
+    _bomb(
         "a shape of 7 million ones",
         b'{"a":{"dtype":"F32","shape":[1%b],"data_offsets":[0,4]}}' % (b",1" * (7 * MIB)),
         "at most 32 dimensions",
@@ -102,7 +98,7 @@ BOMBS = (
 
 @pytest.mark.parametrize("bomb", BOMBS, ids=lambda bomb: bomb.name)
 def test_a_bomb_is_refused_in_bounded_memory_and_work(tmp_path: Path, bomb: Hostile) -> None:
-    """Sixteen MiB of malice take a child less than 1 GiB and far less than two minutes."""
+    """Sixteen MiB of malice take a child less than 1 GiB and far less than a minute."""
     said, peak = read_in_child(bomb.build(tmp_path))
     for word in bomb.words:
         assert word in said
@@ -117,6 +113,5 @@ def test_a_shape_that_claims_terabytes_allocates_nothing(tmp_path: Path) -> None
     header = {"a": entry(shape=[1 << 40], offsets=[0, 4 << 40])}
     path.write_bytes(raw_safetensors(header, bytes(8)))
     said, peak = read_in_child(path)
-    assert re.search(r"truncated: the tensors need 4,398,046,511,104 bytes", said)
+    assert "truncated: the tensors need 4,398,046,511,104 bytes" in said
     assert peak < base() + 8 * MIB
-    assert json.dumps(header)

@@ -1,0 +1,311 @@
+"""What a run reads, writes, copies and refuses is what its plan says."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import (
+    BF16,
+    bits_equal,
+    dtype_of,
+    raw_safetensors,
+    read_checkpoint,
+    write_checkpoint,
+    write_run,
+)
+
+import ema_cli
+from ema_cli.api import run_plan
+from ema_cli.engine import Progress, bounded
+from ema_cli.errors import NonFinite
+
+SHADOW = "/ExponentialMovingAverage"
+
+
+def constant(value: float, dtype: Any = np.float32, count: int = 10) -> np.ndarray:
+    return np.full(count, value, dtype)
+
+
+# ---------------------------------------------------------------------------- bytes
+
+
+def test_plan_tells_the_bytes_of_the_run(tmp_path: Path) -> None:
+    """Bytes read and written, names, dtypes and shapes are planned exactly."""
+    models = [
+        {"w": constant(k, count=1000), "b": constant(k, BF16, 7), "id": np.arange(5)}
+        for k in range(4)
+    ]
+    run = write_run(tmp_path / "run", models)
+    averages = ["mean=mean", "two=mean@last=2", "old=mean@100:300"]
+    events: list[Progress] = []
+    result = ema_cli.average_run(
+        run, tmp_path / "{average}.safetensors", average=averages, on_event=events.append
+    )
+    costs = result.plan.costs
+    # Four passes over the averaged tensors; the integers once per last checkpoint.
+    assert costs.read == 4 * (4000 + 14) + 2 * 40
+    assert events[0] == Progress(0, costs.read)
+    assert events[-1] == Progress(costs.read, costs.read)
+    assert [event.read for event in events] == sorted(event.read for event in events)
+    sizes = [(tmp_path / f"{name}.safetensors").stat().st_size for name in ("mean", "two", "old")]
+    assert costs.write == sum(sizes)
+    assert [written.nbytes for written in result.outputs] == sizes
+    for outcome in result.plan.outcomes:
+        planned = {e.name: (e.dtype.name, e.shape) for e in outcome.layout.entries}
+        found = read_checkpoint(outcome.layout.path)
+        assert planned == {name: (a.dtype.name, a.shape) for name, a in found.items()}
+        assert set(planned) == {f"w{SHADOW}", f"b{SHADOW}", "id"}
+
+
+def test_equal_coefficients_are_computed_once(tmp_path: Path) -> None:
+    """Averages with the same coefficients share one pass and get one result each."""
+    run = write_run(tmp_path / "run", [{"w": constant(k)} for k in (1.0, 2.0, 6.0)])
+    output = tmp_path / "{average}.safetensors"
+    result = ema_cli.average_run(run, output, average=["a=mean", "b=lr:linear", "c=mean@last=3"])
+    assert len(result.plan.schedules) == 1
+    assert result.plan.costs.read == 3 * 40
+    for label in "abc":
+        found = read_checkpoint(tmp_path / f"{label}.safetensors")
+        assert found[f"w{SHADOW}"].tolist() == [3.0] * 10
+
+
+def test_checkpoint_without_weight_is_not_read(tmp_path: Path) -> None:
+    """What weighs nothing may vanish or be rewritten once the plan is made."""
+    run = write_run(tmp_path / "run", [{"w": constant(k)} for k in (1.0, 2.0, 6.0, 4.0)])
+    listing = tmp_path / "weights"
+    listing.write_text("200 1\n400 3\n")
+    output = tmp_path / "out.safetensors"
+    plan = ema_cli.plan_run(run, output, average=[f"weights:{listing}"])
+    (run / "model-step-100.safetensors").unlink()
+    write_checkpoint(run / "model-step-300.safetensors", {"w": constant(np.nan)})
+    assert plan.costs.read == 2 * 40
+    events: list[Progress] = []
+    run_plan(plan, on_event=events.append)
+    assert events[-1].read == 2 * 40
+    assert read_checkpoint(output)[f"w{SHADOW}"].tolist() == [3.5] * 10
+
+
+def test_what_a_copy_overwrites_is_not_read(tmp_path: Path) -> None:
+    """With decay 0 only the last checkpoint counts, so nothing else is opened."""
+    run = write_run(tmp_path / "run", [{"w": constant(k)} for k in (np.nan, 2.0, 6.0)])
+    output = tmp_path / "out.safetensors"
+    result = ema_cli.average_run(run, output, decay=0)
+    assert [Path(stamp.path).name for stamp in result.plan.inputs] == ["model-step-300.safetensors"]
+    assert read_checkpoint(output)[f"w{SHADOW}"].tolist() == [6.0] * 10
+
+
+def test_twenty_thousand_small_tensors(tmp_path: Path) -> None:
+    """Tensors that lie alike in every file are worked on as one range, and are right."""
+    count = 20_000
+    for step in (1, 2, 3):
+        header = {
+            f"t{k:05}": {"dtype": "F32", "shape": [2], "data_offsets": [8 * k, 8 * k + 8]}
+            for k in range(count)
+        }
+        data = (np.arange(2 * count, dtype=np.float32) * step).tobytes()
+        path = tmp_path / "run" / f"step-{step}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(raw_safetensors(json.dumps(header).encode(), data))
+    output = tmp_path / "{average}.safetensors"
+    for names in ("variable", "shadow"):
+        options = {"names": names, "average": [f"{names}=mean"]}
+        result = ema_cli.average_run(tmp_path / "run", output, **options)
+        assert len(result.plan.averaged) == 1
+        found = read_checkpoint(tmp_path / f"{names}.safetensors")
+        suffix = SHADOW if names == "shadow" else ""
+        together = np.concatenate([found[f"t{k:05}{suffix}"] for k in range(count)])
+        assert bits_equal(together, np.arange(2 * count, dtype=np.float32) * 2)
+
+
+# ---------------------------------------------------------------------------- copies
+
+
+def test_copies_keep_every_bit(tmp_path: Path) -> None:
+    """Tensors that are not averaged have the last checkpoint's bytes, whatever their dtype."""
+    names = ["bool", "uint8", "int8", "int16", "uint16", "int32", "uint32", "int64", "uint64"]
+    names += ["complex64", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "float8_e4m3fnuz"]
+    rng = np.random.default_rng(1)
+    models = []
+    for _ in range(3):
+        tensors: dict[str, Any] = {"w": rng.normal(size=3), "bf16.kept": constant(1, BF16)}
+        for name in names:
+            dtype = dtype_of(name)
+            raw = rng.integers(0, 2 if name == "bool" else 256, 24 * dtype.itemsize, np.uint8)
+            tensors[name] = raw.view(dtype).reshape(4, 6)
+        tensors["f32.kept"] = np.array([np.nan, -0.0, 1e-45, np.inf], np.float32)
+        tensors["empty"] = np.zeros((0, 3), np.int32)
+        models.append(tensors)
+    run = write_run(tmp_path / "run", models)
+    select = [("exclude", "float8*"), ("exclude", "*.kept")]
+    for names_option in ("variable", "shadow"):
+        output = tmp_path / f"{names_option}.safetensors"
+        ema_cli.average_run(run, output, average=["mean"], select=select, names=names_option)
+        found = read_checkpoint(output)
+        for name, expected in models[-1].items():
+            if name != "w":
+                assert found[name].dtype == expected.dtype
+                assert found[name].shape == expected.shape
+                assert found[name].tobytes() == expected.tobytes()
+
+
+def test_packed_types_are_copied(tmp_path: Path) -> None:
+    """Two four-bit numbers share a byte, which is copied from the last checkpoint."""
+    for step in (1, 2):
+        header = {
+            "packed": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]},
+            "w": {"dtype": "F32", "shape": [1], "data_offsets": [2, 6]},
+        }
+        data = bytes([step, 16 * step]) + np.float32(step).tobytes()
+        path = tmp_path / "run" / f"step-{step}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(raw_safetensors(header, data))
+    output = tmp_path / "out.safetensors"
+    ema_cli.average_run(
+        tmp_path / "run", output, average=["mean"], select=[("exclude", "packed")], names="variable"
+    )
+    assert output.read_bytes()[-6:] == bytes([2, 32]) + np.float32(1.5).tobytes()
+
+
+def test_one_checkpoint_is_its_own_average(tmp_path: Path) -> None:
+    """The average of a single checkpoint has its bits, subnormal and negative zero included."""
+    values = {
+        "f4": np.array([-0.0, 1e-45, 3e38], np.float32),
+        "f2": np.array([-0.0, 6e-8, 65504], np.float16),
+        "bf": np.array([-0.0, 1e-40, 3e38], BF16),
+        "f8": np.array([-0.0, 5e-324, 1e308], np.float64),
+    }
+    run = write_run(tmp_path / "run", [values])
+    output = tmp_path / "out.safetensors"
+    ema_cli.average_run(run, output, names="variable")
+    found = read_checkpoint(output)
+    assert all(bits_equal(found[name], value) for name, value in values.items())
+
+
+# ---------------------------------------------------------------------------- non-finite values
+
+
+def poisoned(folder: Path, where: dict[int, tuple[str, int, float]], dtype: Any) -> Path:
+    """A run of four whose checkpoints hold the given bad elements: {ordinal: (name, at, bad)}."""
+    models = []
+    for k in range(4):
+        tensors = {name: constant(k + 1, dtype, 1000) for name in ("a", "b", "c")}
+        if k in where:
+            name, at, bad = where[k]
+            tensors[name][at] = bad
+        models.append(tensors)
+    return write_run(folder / "run", models)
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.name != "run")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, BF16, np.float32, np.float64], ids=str)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_non_finite_is_traced(tmp_path: Path, dtype: Any, bad: float, workers: int) -> None:
+    """The error names the first checkpoint with the bad value and its tensor; nothing is left."""
+    run = poisoned(tmp_path, {1: ("b", 999, bad), 2: ("b", 999, np.nan)}, dtype)
+    with pytest.raises(NonFinite, match=r"model-step-200\.safetensors: tensor 'b'") as caught:
+        ema_cli.average_run(run, tmp_path / "o.safetensors", average=["mean"], workers=workers)
+    assert caught.value.exit_code == 17
+    assert "--non-finite allow" in caught.value.hint
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("dtype", [np.float16, BF16, np.float32, np.float64], ids=str)
+def test_non_finite_is_allowed(tmp_path: Path, dtype: Any) -> None:
+    """With non_finite="allow" NaN and infinity go through the formula, elsewhere nothing changes."""
+    run = poisoned(tmp_path, {1: ("b", 3, np.nan), 2: ("c", 0, np.inf)}, dtype)
+    output = tmp_path / "o.safetensors"
+    ema_cli.average_run(run, output, average=["mean@100:300"], non_finite="allow")
+    found = {k: v.astype(np.float64) for k, v in read_checkpoint(output).items()}
+    assert np.isnan(found[f"b{SHADOW}"]).nonzero()[0].tolist() == [3]
+    assert found[f"c{SHADOW}"][0] == np.inf
+    assert found[f"a{SHADOW}"].tolist() == [2.0] * 1000
+
+
+@pytest.mark.parametrize("average", ["mean@100:100", "ema:0@100:400", "mean@300:"])
+def test_non_finite_that_does_not_count_passes(tmp_path: Path, average: str) -> None:
+    """A bad value in a checkpoint without weight, or in a copied tensor, is no error."""
+    run = poisoned(tmp_path, {1: ("b", 5, np.nan), 3: ("c", 5, np.inf)}, np.float32)
+    output = tmp_path / "o.safetensors"
+    ema_cli.average_run(run, output, average=[average], select=[("exclude", "c")])
+    assert np.isfinite(read_checkpoint(output)[f"b{SHADOW}"]).all()
+
+
+def test_overflow_of_the_output_dtype(tmp_path: Path) -> None:
+    """A finite average that float16 cannot hold is exit code 17 and names tensor and dtype."""
+    run = write_run(tmp_path / "run", [{"a": constant(1), "w": constant(65520.0)}] * 2)
+    with pytest.raises(NonFinite, match="tensor 'w'.*float16") as caught:
+        ema_cli.average_run(run, tmp_path / "o.safetensors", average=["mean"], dtype="float16")
+    assert caught.value.exit_code == 17
+    assert leftovers(tmp_path) == []
+    output = tmp_path / "o.safetensors"
+    ema_cli.average_run(run, output, average=["mean"], dtype="float16", non_finite="allow")
+    assert np.isposinf(read_checkpoint(output)[f"w{SHADOW}"]).all()
+
+
+# ---------------------------------------------------------------------------- in flight
+
+
+class Counting(ThreadPoolExecutor):
+    """Threads that note how many unfinished futures each submission leaves."""
+
+    def __init__(self, workers: int) -> None:
+        super().__init__(workers)
+        self.futures: list[Future[Any]] = []
+        self.most = 0
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future = super().submit(fn, *args, **kwargs)
+        self.futures.append(future)
+        self.most = max(self.most, sum(not other.done() for other in self.futures))
+        return future
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5])
+def test_bounded_never_exceeds_its_limit(limit: int) -> None:
+    """At most `limit` tasks are unfinished at any time, and every result comes out once."""
+
+    def slowly(number: Any) -> Any:
+        time.sleep(0.001)
+        return number
+
+    with Counting(8) as pool:
+        found = sorted(bounded(pool, slowly, iter(range(40)), limit))  # type: ignore[type-var]
+    assert found == list(range(40))
+    assert pool.most <= limit
+
+
+@pytest.mark.parametrize("how", ["error", "close"])
+def test_bounded_cancels_what_is_left(how: str) -> None:
+    """After an error, or when the caller stops, nothing more starts and nothing is running."""
+    gate = threading.Event()
+
+    def work(number: Any) -> Any:
+        if number == 1 and how == "error":
+            raise ValueError("task 1")
+        if number > 1:
+            gate.wait(0.05)
+        return number
+
+    with Counting(1) as pool:
+        results = bounded(pool, work, iter(range(1000)), 4)
+        if how == "error":
+            with pytest.raises(ValueError, match="task 1"):
+                list(results)
+        else:
+            next(results)
+            results.close()  # type: ignore[attr-defined]
+        assert all(future.done() for future in pool.futures)
+        assert any(future.cancelled() for future in pool.futures)
+        assert len(pool.futures) < 10
