@@ -293,7 +293,7 @@ def rename(
     plan, layout, renamed = renaming.make(request, towards=names)
     check_destination(layout, plan.inputs, overwrite=overwrite)
     document = renaming.describe(layout, plan.run.checkpoints[0], renamed)
-    produce(plan, [layout], [(document, "")], executor)
+    produce(plan, [layout], [(document, "")], executor, overwrite=overwrite)
     return renamed
 
 

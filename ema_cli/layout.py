@@ -21,7 +21,7 @@ from ema_cli.files import open_input
 from ema_cli.formats import FOREIGN_SUFFIXES, FORMATS, safetensors, sharded
 from ema_cli.naming import Role, role_of, shadow_of
 from ema_cli.selection import Selection
-from ema_cli.tensors import DTYPES, Checkpoint, DType, Extent, Tensor, numpy_dtype
+from ema_cli.tensors import DTYPES, Checkpoint, DType, Extent, Index, Tensor, numpy_dtype
 from ema_cli.text import shorten
 
 NAMES = ("auto", "shadow", "variable")
@@ -86,6 +86,7 @@ class Layout:
     files: tuple[File, ...]
     places: Mapping[str, Extent]
     left_out: tuple[tuple[str, str], ...]
+    like: Index | None = None
 
     @property
     def folder(self) -> bool:
@@ -199,7 +200,15 @@ def lay_out(
         files, places = _fresh_files(entries, last, chosen, wishes)
     files = _with_local_steps(files, places, entries, updates) + _side_files(last, chosen)
     return Layout(
-        path, chosen, template, names, tuple(entries), tuple(files), places, tuple(left_out)
+        path,
+        chosen,
+        template,
+        names,
+        tuple(entries),
+        tuple(files),
+        places,
+        tuple(left_out),
+        last.index if template else None,
     )
 
 

@@ -57,6 +57,7 @@ def variable_of(tensor: str, name: str) -> str | None:
     return tensor.removesuffix(suffix) if tensor.endswith(suffix) else None
 
 
+@functools.lru_cache(maxsize=1 << 15)
 def role_of(tensor: str, name: str) -> Role:
     """Return what `tensor` is for; `name` is the name of our own shadows."""
     last = _SEPARATOR.split(tensor)[-1]

@@ -14,7 +14,7 @@ from concurrent.futures import Executor
 
 from ema_cli import files, provenance
 from ema_cli.errors import EmaError, OutputExists, StorageError, storage_errors
-from ema_cli.formats import FORMATS, safetensors, sharded
+from ema_cli.formats import FORMATS, Known, safetensors, sharded
 from ema_cli.layout import Layout
 from ema_cli.tensors import Stamp
 from ema_cli.text import shorten, size
@@ -43,11 +43,15 @@ def check_destination(layout: Layout, inputs: Iterable[Stamp], *, overwrite: boo
             f"-o {os.path.join(shown, 'average' + FORMATS[layout.format].suffix)}",
         )
     if not overwrite:
-        raise OutputExists(f"{shown}: exists already", "replace it with --overwrite")
+        raise _exists(shown)
     if layout.folder:
         _check_replaceable(path, shown, mode)
     elif not stat.S_ISREG(mode):
         raise OutputExists(f"{shown}: only a regular file can be replaced")
+
+
+def _exists(shown: str) -> OutputExists:
+    return OutputExists(f"{shown}: exists already", "replace it with --overwrite")
 
 
 def _refuse_inputs(path: str, shown: str, inputs: Iterable[Stamp]) -> None:
@@ -59,8 +63,6 @@ def _refuse_inputs(path: str, shown: str, inputs: Iterable[Stamp]) -> None:
                 f"{shown}: is an input, or holds one: {shorten(stamp.path, 1000)}",
                 "write to another name with -o",
             )
-        if os.path.dirname(source) == real:
-            raise OutputExists(f"{shown}: holds the input {shorten(stamp.path, 1000)}")
 
 
 def _same_file(path: str, stamp: Stamp) -> bool:
@@ -96,8 +98,9 @@ class Unpublished:
 
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, *, overwrite: bool) -> None:
         self.layout = layout
+        self._overwrite = overwrite
         self.destination = layout.path.rstrip("/")
         self.root = files.beside(self.destination, files.TEMPORARY_SUFFIX)
         self.paths = [
@@ -177,7 +180,7 @@ class Unpublished:
 
     def _check_index(self) -> None:
         """Read the index back, with our reader and with the reference one."""
-        written = FORMATS[self.layout.format].read(self.root, {})
+        written = FORMATS[self.layout.format].read(self.root, self._known())
         found = {t.name: (t.dtype, t.shape, t.extent) for t in written.index.tensors}
         names = [file.name for file in self.layout.files]
         order = [names.index(name) for name in written.index.names]
@@ -192,9 +195,20 @@ class Unpublished:
             raise EmaError(f"internal error: tensor '{shorten(min(expected))}' was not written")
         _reference_check(path for path in self.paths if _is_weights(path, self.root))
 
+    def _known(self) -> Known:
+        """Return the index of a header that was parsed already and must come back unchanged."""
+        like = self.layout.like
+        if like is None or self.layout.folder:
+            return {}
+        key = safetensors.known_as(like.header_digests[0], self.layout.files[0].nbytes)
+        return {key: like}
+
     def publish(self) -> None:
         """Give the output its name: the point after which it exists."""
         parent = os.path.dirname(self.destination)
+        if not self._overwrite and os.path.lexists(self.destination):
+            # Published by another process since we looked; we hold the lock now, so nobody else can.
+            raise _exists(shorten(self.destination, 1000))
         with storage_errors(self.destination, "cannot publish"):
             if self.layout.folder and os.path.lexists(self.destination):
                 self._replace_folder()

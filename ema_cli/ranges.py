@@ -66,18 +66,25 @@ def averaged_ranges(
     """Return the ranges of the averaged `tensors`, given in the order of their bytes."""
     wanted = _wanted(destinations, (AVERAGE, BIASED))
     found: list[Range] = []
+    elements = 0
     for tensor in tensors:
-        if tensor.elements == 0:
+        name, dtype, _, extent = tensor
+        if not extent.nbytes:
             continue
-        places = tuple(index.by_name[tensor.name].extent[:2] for index in indexes)
+        places = tuple([index.by_name[name].extent[:2] for index in indexes])
         targets: list[list[Target]] = [[] for _ in range(schedules)]
-        for schedule, target in wanted.get(tensor.name, ()):
+        for schedule, target in wanted.get(name, ()):
             targets[schedule].append(target)
-        new = Range(tensor.dtype.name, tensor.elements, places, tuple(map(tuple, targets)))
-        if found and _follows(found[-1], new):
-            found[-1] = found[-1]._replace(elements=found[-1].elements + new.elements)
-        else:
-            found.append(new)
+        new = Range(dtype.name, tensor.elements, places, tuple(map(tuple, targets)))
+        if found and _follows(found[-1], elements, new):
+            elements += new.elements
+            continue
+        if found:
+            found[-1] = found[-1]._replace(elements=elements)
+        found.append(new)
+        elements = new.elements
+    if found:
+        found[-1] = found[-1]._replace(elements=elements)
     return found
 
 
@@ -95,28 +102,29 @@ def _wanted(
     return wanted
 
 
-def _follows(before: Range, after: Range) -> bool:
-    """Whether `after` begins where `before` ends in every input and in every output."""
-    nbytes = before.elements * DTYPES[before.dtype].bits // 8
-    return (
-        before.dtype == after.dtype
-        and all(
-            file == after_file and offset + nbytes == after_offset
-            for (file, offset), (after_file, after_offset) in zip(
-                before.places, after.places, strict=True
-            )
-        )
-        and all(
-            len(mine) == len(others)
-            and all(_continues(a, b, before.elements) for a, b in zip(mine, others, strict=True))
-            for mine, others in zip(before.targets, after.targets, strict=True)
-        )
-    )
+def _follows(first: Range, elements: int, after: Range) -> bool:
+    """Whether `after` lies `elements` after the start of `first` in every input and output."""
+    if first.dtype != after.dtype:
+        return False
+    nbytes = elements * DTYPES[first.dtype].bits // 8
+    for (file, offset), place in zip(first.places, after.places, strict=True):
+        if (file, offset + nbytes) != place:
+            return False
+    for mine, others in zip(first.targets, after.targets, strict=True):
+        if not _continue(mine, elements, others):
+            return False
+    return True
 
 
-def _continues(before: Target, after: Target, count: int) -> bool:
-    nbytes = count if before.dtype == COPY else count * DTYPES[before.dtype].bits // 8
-    return before._replace(offset=before.offset + nbytes) == after
+def _continue(first: Sequence[Target], elements: int, after: Sequence[Target]) -> bool:
+    """Whether the targets `after` lie `elements` (bytes of a copy) after those of `first`."""
+    if len(first) != len(after):
+        return False
+    for (file, offset, part, dtype), target in zip(first, after, strict=True):
+        nbytes = elements if dtype == COPY else elements * DTYPES[dtype].bits // 8
+        if (file, offset + nbytes, part, dtype) != target:
+            return False
+    return True
 
 
 def copied_ranges(
@@ -145,11 +153,7 @@ def _copy_follows(before: Copy, after: Copy) -> bool:
     return (
         before.file == after.file
         and before.offset + before.nbytes == after.offset
-        and len(before.targets) == len(after.targets)
-        and all(
-            _continues(a, b, before.nbytes)
-            for a, b in zip(before.targets, after.targets, strict=True)
-        )
+        and _continue(before.targets, before.nbytes, after.targets)
     )
 
 

@@ -137,7 +137,7 @@ def _write(
         raise UsageError(f"-o {shorten(layouts[0].path)}: two averages have the same output")
     for layout in layouts:
         check_destination(layout, plan.inputs, overwrite=overwrite)
-    return produce(plan, layouts, documents, executor, on_event)
+    return produce(plan, layouts, documents, executor, on_event, overwrite=overwrite)
 
 
 def produce(
@@ -146,6 +146,8 @@ def produce(
     documents: Sequence[Document],
     executor: Executor | None,
     on_event: OnEvent | None = None,
+    *,
+    overwrite: bool,
 ) -> list[str]:
     """Compute and publish the outputs of a plan; returns what could not be promised.
 
@@ -159,7 +161,7 @@ def produce(
     """
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(_executor(executor, plan.request.workers))
-        made = [stack.enter_context(Unpublished(layout)) for layout in layouts]
+        made = [stack.enter_context(Unpublished(layout, overwrite=overwrite)) for layout in layouts]
         paths = [path for one in made for path in one.paths]
         flaw = engine.carry_out(plan, paths, pool, on_event or _ignore)
         if flaw is not None:

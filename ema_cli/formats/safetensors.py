@@ -63,7 +63,7 @@ _DTYPES: Mapping[str, DType] = {code: DTYPES[name] for code, name in _CODES.item
 _CODE_OF = {name: code for code, name in _CODES.items()}
 _ORDER = {name: -place for place, name in enumerate(_CODES.values())}
 
-_FIELDS = ("dtype", "shape", "data_offsets")
+_FIELDS = {"dtype", "shape", "data_offsets"}
 
 
 # Indexes parsed so far, by header digest and file size: the checkpoints of a run mostly share one.
@@ -91,11 +91,16 @@ def read(path: str, known: Known) -> Checkpoint:
     finally:
         os.close(fd)
     digest = hashlib.sha256(raw).hexdigest()
-    key = (NAME, digest, str(file.size))
+    key = known_as(digest, file.size)
     if key not in known:
         tensors, metadata = _parse(path, raw, file.size)
         known[key] = Index(NAME, tensors, ("",), (digest,), metadata)
     return Checkpoint(path, (file,), known[key])
+
+
+def known_as(digest: str, file_size: int) -> tuple[str, ...]:
+    """Return the key in `Known` of a single file with this header digest and size."""
+    return NAME, digest, str(file_size)
 
 
 def read_raw_header(fd: int, file: Stamp) -> bytearray:
@@ -129,6 +134,7 @@ def _parse(
     tensors: list[Tensor] = []
     metadata: Mapping[str, str] = {}
     names: set[str] = set()
+    start = 8 + len(raw)
     for name, value in _members(path, text):
         if name in names:
             raise DamagedFile(path, "this name stands twice in the header", name)
@@ -138,15 +144,14 @@ def _parse(
             continue
         if len(tensors) >= TENSOR_LIMIT:
             raise DamagedFile(path, f"expected at most {TENSOR_LIMIT:,} tensors, found more")
-        tensors.append(_tensor(path, name, value))
-    tensors.sort(key=lambda t: (t.extent.offset, t.extent.nbytes))
-    _check_tiling(path, tensors, file_size - 8 - len(raw))
-    start = 8 + len(raw)
-    placed = tuple(
-        Tensor(t.name, t.dtype, t.shape, Extent(0, start + t.extent.offset, t.extent.nbytes))
-        for t in tensors
-    )
-    return placed, metadata
+        tensors.append(_tensor(path, name, value, start))
+    tensors.sort(key=_position)
+    _check_tiling(path, tensors, start, file_size)
+    return tuple(tensors), metadata
+
+
+def _position(tensor: Tensor) -> tuple[int, int]:
+    return tensor.extent[1:]
 
 
 class _Repeated(NamedTuple):
@@ -231,22 +236,19 @@ def _metadata(path: str, value: Any) -> Mapping[str, str]:
 
 
 def _check_unicode(path: str, text: str, what: str) -> None:
+    if text.isascii():
+        return
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise DamagedFile(path, f"{what} holds a lone surrogate: '{shorten(text)}'") from None
 
 
-def _tensor(path: str, name: str, value: Any) -> Tensor:
-    """Return the tensor with its extent still relative to the data; every field is checked."""
+def _tensor(path: str, name: str, value: Any, start: int) -> Tensor:
+    """Return the tensor, every field checked; its data is counted from byte `start`."""
     _check_unicode(path, name, "a tensor name")
-    if isinstance(value, _Repeated):
-        raise DamagedFile(path, f"the field '{shorten(value.field)}' stands twice", name)
-    if type(value) is not dict or sorted(value) != sorted(_FIELDS):
-        found = ", ".join(shorten(str(k), 40) for k in value) if type(value) is dict else value
-        raise DamagedFile(
-            path, f"expected the fields {', '.join(_FIELDS)}, found {shorten(str(found))}", name
-        )
+    if type(value) is not dict or value.keys() != _FIELDS:
+        raise _wrong_fields(path, name, value)
     code = value["dtype"]
     dtype = _DTYPES.get(code) if type(code) is str else None
     if dtype is None:
@@ -259,18 +261,32 @@ def _tensor(path: str, name: str, value: Any) -> Tensor:
     offsets = _numbers(path, name, value["data_offsets"], "data_offsets")
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise DamagedFile(path, f"expected data_offsets [begin, end], found {list(offsets)}", name)
-    _check_size(path, name, dtype, shape, offsets[1] - offsets[0])
-    return Tensor(name, dtype, shape, Extent(0, offsets[0], offsets[1] - offsets[0]))
+    nbytes = offsets[1] - offsets[0]
+    bits = math.prod(shape) * dtype.bits
+    if bits != 8 * nbytes or bits == 0:
+        _check_size(path, name, dtype, shape, nbytes)
+    return Tensor(name, dtype, shape, Extent(0, start + offsets[0], nbytes))
+
+
+def _wrong_fields(path: str, name: str, value: Any) -> DamagedFile:
+    if isinstance(value, _Repeated):
+        return DamagedFile(path, f"the field '{shorten(value.field)}' stands twice", name)
+    found = ", ".join(shorten(str(k), 40) for k in value) if type(value) is dict else value
+    expected = ", ".join(sorted(_FIELDS))
+    return DamagedFile(path, f"expected the fields {expected}, found {shorten(str(found))}", name)
 
 
 def _numbers(path: str, name: str, value: Any, field: str) -> tuple[int, ...]:
-    if type(value) is not list or any(type(n) is not int or not 0 <= n < 1 << 63 for n in value):
-        raise DamagedFile(
-            path,
-            f"{field}: expected a list of integers from 0 to 2^63 - 1, found {shorten(str(value))}",
-            name,
-        )
-    return tuple(value)
+    numbers = value if type(value) is list else [None]
+    for n in numbers:
+        if type(n) is not int or not 0 <= n < 1 << 63:
+            raise DamagedFile(
+                path,
+                f"{field}: expected a list of integers from 0 to 2^63 - 1, "
+                f"found {shorten(str(value))}",
+                name,
+            )
+    return tuple(numbers)
 
 
 def _check_size(path: str, name: str, dtype: DType, shape: tuple[int, ...], found: int) -> None:
@@ -291,21 +307,25 @@ def _check_size(path: str, name: str, dtype: DType, shape: tuple[int, ...], foun
         )
 
 
-def _check_tiling(path: str, tensors: Sequence[Tensor], data_size: int) -> None:
+def _check_tiling(path: str, tensors: Sequence[Tensor], start: int, file_size: int) -> None:
     """Check that the extents, sorted by offset, cover the data exactly: no hole, no overlap."""
-    end = 0
+    end = start
     for tensor in tensors:
-        begin = tensor.extent.offset
+        _, begin, nbytes = tensor.extent
         if begin != end:
             kind = "a hole before its data" if begin > end else "its data overlaps another tensor's"
             raise DamagedFile(
-                path, f"{kind}: expected offset {end:,}, found {begin:,}", tensor.name
+                path,
+                f"{kind}: expected offset {end - start:,}, found {begin - start:,}",
+                tensor.name,
             )
-        end += tensor.extent.nbytes
-    if end != data_size:
-        kind = "truncated" if end > data_size else "trailing bytes"
+        end += nbytes
+    if end != file_size:
+        kind = "truncated" if end > file_size else "trailing bytes"
         raise DamagedFile(
-            path, f"{kind}: the tensors need {end:,} bytes of data, the file holds {data_size:,}"
+            path,
+            f"{kind}: the tensors need {end - start:,} bytes of data, "
+            f"the file holds {file_size - start:,}",
         )
 
 
