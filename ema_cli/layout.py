@@ -18,7 +18,7 @@ from typing import NamedTuple
 from ema_cli import naming, schedules
 from ema_cli.errors import UsageError
 from ema_cli.files import open_input
-from ema_cli.formats import FOREIGN_SUFFIXES, FORMATS, safetensors, sharded
+from ema_cli.formats import FORMATS, foreign, safetensors, sharded
 from ema_cli.naming import Role, role_of, shadow_of
 from ema_cli.selection import Selection
 from ema_cli.tensors import DTYPES, Checkpoint, DType, Extent, Index, Tensor, numpy_dtype
@@ -127,9 +127,10 @@ def output_format(path: str, wishes: Wishes, last: Checkpoint) -> str:
     else:
         suffix = os.path.splitext(path.rstrip("/"))[1]
         by_suffix = [name for name, f in FORMATS.items() if f.suffix and f.suffix == suffix]
-        if not by_suffix and suffix in FOREIGN_SUFFIXES and suffix not in (".ckpt", ".bin"):
+        if not by_suffix and suffix in foreign.SUFFIXES and suffix not in (".ckpt", ".bin"):
+            title = foreign.SUFFIXES[suffix].title
             raise UsageError(
-                f"-o {shorten(path)}: this version does not write {FOREIGN_SUFFIXES[suffix]} files",
+                f"-o {shorten(path)}: this version does not write {title} files",
                 "write safetensors: -o NAME.safetensors",
             )
         chosen = by_suffix[0] if by_suffix else last.index.format

@@ -207,7 +207,7 @@ class Unpublished:
         """Give the output its name: the point after which it exists."""
         parent = os.path.dirname(self.destination)
         if not self._overwrite and os.path.lexists(self.destination):
-            # Published by another process since we looked; we hold the lock now, so nobody else can.
+            # Published by another process since we looked; from now on our lock forbids it.
             raise _exists(shorten(self.destination, 1000))
         with storage_errors(self.destination, "cannot publish"):
             if self.layout.folder and os.path.lexists(self.destination):

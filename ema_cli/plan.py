@@ -10,6 +10,7 @@ from ema_cli import kernel, ranges, runs
 from ema_cli.errors import UsageError
 from ema_cli.files import free_bytes
 from ema_cli.formats import Known
+from ema_cli.formats.sharded import refuse_quantized
 from ema_cli.layout import Layout, Wishes, lay_out
 from ema_cli.naming import Rule
 from ema_cli.ranges import Copy, Destination, Range
@@ -187,6 +188,8 @@ def _outcomes(
     for average, ordinal in zip(request.averages, ordinals, strict=True):
         chosen = schedules[ordinal]
         last = run.checkpoints[chosen.last]
+        if os.path.isdir(last.path):
+            refuse_quantized(last.path)
         if id(last.index) not in selections:
             selection = select(last.index, request.rules, request.statistics, name)
             others = [run.checkpoints[k] for k in used]

@@ -157,6 +157,7 @@ def produce(
         documents: their provenance without what only the finished output knows, and plan digests.
         executor: given, or None for threads.
         on_event: told of progress.
+        overwrite: replace existing outputs.
 
     """
     with contextlib.ExitStack() as stack:

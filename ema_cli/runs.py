@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ema_cli import formats, provenance
 from ema_cli.errors import Disagreement, InputError, NothingToAverage, UsageError
 from ema_cli.files import temporaries_of
-from ema_cli.formats import Known, sharded
+from ema_cli.formats import Known, foreign, sharded
 from ema_cli.steps import compile_step_from, step_from_name, stored_step
 from ema_cli.tensors import Checkpoint
 from ema_cli.text import command, plural, shorten
@@ -208,9 +208,12 @@ def _foreign(path: str) -> PassedOver:
         if weights:
             reason = f"{plural(len(weights), 'weights file')} and no index"
             return PassedOver(path, reason, unusable=True)
-        return PassedOver(path, "a folder without weights")
-    title = formats.FOREIGN_SUFFIXES.get(os.path.splitext(path)[1])
-    return PassedOver(path, f"{title}: not read by this version" if title else "not a checkpoint")
+        known = foreign.recognise(path)
+        if known is None:
+            return PassedOver(path, "a folder without weights")
+    known = foreign.recognise(path)
+    reason = f"{known.title}: not read by this version" if known else "not a checkpoint"
+    return PassedOver(path, reason)
 
 
 def _with_step(checkpoint: Checkpoint, choice: Choice) -> Checkpoint:

@@ -30,7 +30,7 @@ ROWS: list[set[str]] = [
     {"provenance", "steps"},
     {"formats"},
     {"formats.sharded"},
-    {"formats.safetensors"},
+    {"formats.safetensors", "formats.foreign"},
     {"specs", "files", "kernel"},
     {"schedules", "naming"},
     {"tensors", "machine"},

@@ -6,12 +6,19 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ema_cli.naming import Role, role_of
 from ema_cli.text import command, percent, plural, shorten, size
 from ema_cli.views import Cell, Out
 
 if TYPE_CHECKING:
     from ema_cli.plan import Outcome, Plan
     from ema_cli.runs import Run
+
+
+BATCH_NORM = (
+    "batch-norm statistics are averaged too; with training data at hand, recompute them "
+    "(torch.optim.swa_utils.update_bn)"
+)
 
 
 def passed_over(out: Out, run: Run) -> None:
@@ -96,6 +103,8 @@ def _tensors(out: Out, outcome: Outcome) -> None:
     kept = [tensor for tensor in selection.optimizer if tensor.name not in left_out]
     if kept:
         copied["optimizer state"] += len(kept)
+    if any(role_of(t.name, "") is Role.STATISTICS for t in selection.averaged):
+        out.line(f"  {BATCH_NORM}")
     _counted(out, "copied", copied)
     _counted(out, "left out", Counter(left_out.values()))
     optimizer = sum(tensor.extent.nbytes for tensor in selection.optimizer)
@@ -139,4 +148,6 @@ def summary(out: Out, plan: Plan, outcome: Outcome) -> None:
         f"  {plural(len(selection.averaged), 'tensor')} averaged, {len(entries):,} copied, "
         f"{len(outcome.layout.left_out):,} left out"
     )
+    if any(role_of(t.name, "") is Role.STATISTICS for t in selection.averaged):
+        out.say(f"  {BATCH_NORM}")
     out.say(f"  load it: {loading(outcome)}")
