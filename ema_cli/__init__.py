@@ -25,6 +25,8 @@ __all__ = [
     "restore_map",
 ]
 
+__version__ = "0.1.0"
+
 _HOMES = {"EmaError": "ema_cli.errors", "ExponentialMovingAverage": "ema_cli.ema"}
 
 

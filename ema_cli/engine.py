@@ -17,7 +17,7 @@ import numpy as np
 
 from ema_cli import kernel
 from ema_cli.errors import storage_errors
-from ema_cli.files import Handles, handle_limit, read_exact, write_exact
+from ema_cli.files import Handles, handle_limit, read_exact, start_writing, write_exact
 from ema_cli.layout import BIASED, COPY
 from ema_cli.plan import BLOCK_ELEMENTS, TASK_ELEMENTS, Plan
 from ema_cli.ranges import Copy, Range, Target
@@ -274,6 +274,7 @@ def _average(task: Task, piece: Piece, handles: Handles, outputs: dict[int, int]
                 offset = target.offset + start * out.itemsize
                 path = task.outputs[target.file]
                 write_exact(outputs[target.file], out.view(np.uint8).data, offset, path)
+                start_writing(outputs[target.file], offset, out.nbytes)
                 written += out.nbytes
     return Done(read, written)
 
@@ -326,15 +327,21 @@ def _mix(
     for k, source in enumerate(piece.sources):
         if not any(coefficients[k] for coefficients in buffers.coefficients):
             continue
-        raw = buffers.raw[source.dtype][:count]
+        # A single average that is copied is read, or widened, straight into its accumulator.
+        copied = alone and buffers.coefficients[0][k] == 1
+        shadow = buffers.shadows[0][:count]
+        same = source.dtype == piece.shadow
+        raw = shadow if copied and same else buffers.raw[source.dtype][:count]
         path = task.inputs[source.file].path
         offset = source.offset + start * raw.itemsize
         read_exact(handles.fd(source.file), raw.view(np.uint8).data, offset, path)
         read += raw.nbytes
         value = raw
-        if source.dtype != piece.shadow:
-            value = buffers.value[:count]
+        if not same:
+            value = shadow if copied else buffers.value[:count]
             kernel.widen(raw, value)
+        if copied:
+            continue
         scratch = value if alone else buffers.scratch[:count]
         for shadow, coefficients in zip(buffers.shadows, buffers.coefficients, strict=True):
             kernel.update(shadow[:count], value, coefficients[k], scratch)

@@ -10,13 +10,15 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import os
 import resource
 import shutil
 import stat
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
+from typing import cast
 
 from ema_cli.errors import (
     DamagedFile,
@@ -32,6 +34,7 @@ from ema_cli.text import shorten, size
 
 # Beside a destination NAME our unfinished file is ".NAME" + this.
 TEMPORARY_SUFFIX = ".ema-avg.tmp"
+_SYNC_FILE_RANGE_WRITE = 2
 # While a folder is replaced, the old one waits beside it under ".NAME" + this.
 ASIDE_SUFFIX = ".ema-avg.old"
 
@@ -297,10 +300,17 @@ def reserve(fd: int, n_bytes: int, path: str) -> bool:
         return False
 
 
+@functools.cache
+def _system_call(name: str, *arguments: type) -> Callable[..., int]:
+    """Return a function of the C library that Python has no name for."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), name)
+    call.argtypes = arguments
+    return cast(Callable[..., int], call)
+
+
 def _fallocate(fd: int, n_bytes: int) -> bool:
-    libc = ctypes.CDLL(None, use_errno=True)
-    call = libc.fallocate
-    call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    number, offset = ctypes.c_int, ctypes.c_int64
+    call = _system_call("fallocate", number, number, offset, offset)
     while call(fd, 0, 0, n_bytes) != 0:
         code = ctypes.get_errno()
         if code in (errno.EOPNOTSUPP, errno.ENOSYS):
@@ -323,6 +333,17 @@ def write_exact(fd: int, data: memoryview | bytes, offset: int, path: str) -> No
     with storage_errors(path, "cannot write"):
         while done < len(view):
             done += os.pwrite(fd, view[done:], offset + done)
+
+
+def start_writing(fd: int, offset: int, n_bytes: int) -> None:
+    """Let the kernel begin to write these bytes to disk, so that `sync` has less to wait for.
+
+    Only a matter of speed: where sync_file_range(2) is missing or refuses, nothing happens.
+    """
+    if sys.platform == "linux":
+        number, where = ctypes.c_int, ctypes.c_int64
+        call = _system_call("sync_file_range", number, where, where, ctypes.c_uint)
+        call(fd, offset, n_bytes, _SYNC_FILE_RANGE_WRITE)
 
 
 def sync(fd: int, path: str) -> None:

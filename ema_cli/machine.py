@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
+import sys
+
+import ema_cli
 
 _CGROUP_QUOTA = "/sys/fs/cgroup/cpu.max"
 
@@ -25,17 +27,18 @@ def default_workers() -> int:
     return max(cores, 1)
 
 
-def version() -> str:
-    """Return the version of ema-avg."""
-    try:
-        return importlib.metadata.version("ema-avg")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
-
-
 def versions() -> dict[str, str]:
-    """Return what a bug report needs: the versions of everything that touches the numbers."""
-    found = {"ema-avg": version(), "python": platform.python_version()}
-    for package in ("numpy", "ml_dtypes", "safetensors", "fastcrc", "click", "rich"):
-        found[package] = importlib.metadata.version(package)
+    """Return the versions of what made the numbers: of the packages that are loaded."""
+    found = {"ema-avg": ema_cli.__version__, "python": platform.python_version()}
+    for package in ("numpy", "ml_dtypes"):
+        if package in sys.modules:
+            found[package] = sys.modules[package].__version__
     return found
+
+
+def all_versions() -> dict[str, str]:
+    """Return what a bug report needs: the versions of all packages we use."""
+    import importlib.metadata  # slow to import, and needed here only
+
+    packages = ("numpy", "ml_dtypes", "safetensors", "fastcrc", "click", "rich")
+    return {**versions(), **{name: importlib.metadata.version(name) for name in packages}}

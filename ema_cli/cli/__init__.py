@@ -48,7 +48,7 @@ def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
         from ema_cli import machine
 
-        lines = [f"{package} {version}" for package, version in machine.versions().items()]
+        lines = [f"{package} {version}" for package, version in machine.all_versions().items()]
         click.echo("\n".join(lines))
         ctx.exit()
 
