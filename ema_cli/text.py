@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import shlex
 from collections.abc import Iterable
 
@@ -61,4 +60,6 @@ def command(*words: str) -> str:
 
 def near_misses(name: str, known: Iterable[str]) -> list[str]:
     """Return up to three of `known` that look like `name`, for did-you-mean hints."""
+    import difflib  # only ever needed on the way to an error
+
     return difflib.get_close_matches(name, list(known)[:5000], n=3, cutoff=0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,6 @@ def _dangling(path: Path) -> None:
 
 
 def _pipe(path: Path) -> None:
-    import os
-
     (path / SECOND).unlink()
     os.mkfifo(path / SECOND)
 

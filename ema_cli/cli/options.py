@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -97,6 +96,8 @@ def _configure(ctx: click.Context, _: click.Parameter, path: str | None) -> None
     """Take defaults from a TOML file: a table per command, an entry per option."""
     if path is None:
         return
+    import tomllib
+
     try:
         with open(path, "rb") as file:
             document = tomllib.load(file)

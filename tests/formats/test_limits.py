@@ -52,13 +52,13 @@ def test_a_header_of_60_mb_is_refused_before_it_is_read(tmp_path: Path) -> None:
 
 
 def test_the_largest_legal_header_is_read_in_bounded_memory(tmp_path: Path) -> None:
-    """A header just under the limit, the smallest tensors possible, is read within 150 MiB."""
+    """A header just under the limit, small tensors only, takes 12 times its size at most."""
     count = 16 * MIB // 67
     path = many_tensors(tmp_path / FILE, count)
     assert 15 * MIB < path.stat().st_size < 16 * MIB
     said, peak = read_in_child(path)
     assert said == f"{count} tensors"
-    assert peak < 150 * MIB + base()
+    assert peak < base() + 12 * 16 * MIB
 
 
 def _bomb(name: str, header: bytes, *words: str) -> Hostile:
@@ -98,13 +98,13 @@ BOMBS = (
 
 @pytest.mark.parametrize("bomb", BOMBS, ids=lambda bomb: bomb.name)
 def test_a_bomb_is_refused_in_bounded_memory_and_work(tmp_path: Path, bomb: Hostile) -> None:
-    """Sixteen MiB of malice take a child less than 1 GiB and far less than a minute."""
+    """Sixteen MiB of malice take less than 150 MiB and far less than a minute."""
     said, peak = read_in_child(bomb.build(tmp_path))
     for word in bomb.words:
         assert word in said
     assert said.isprintable()
     assert len(said) < 2000
-    assert peak < 1024 * MIB
+    assert peak < base() + 150 * MIB
 
 
 def test_a_shape_that_claims_terabytes_allocates_nothing(tmp_path: Path) -> None:
