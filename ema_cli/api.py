@@ -19,7 +19,7 @@ from ema_cli.output import check_destination
 from ema_cli.plan import Plan, Request
 from ema_cli.restoring import RestoreMap, restored
 from ema_cli.running import OnEvent, RunResult, produce, run_plan
-from ema_cli.runs import Choice, Run, find, is_run
+from ema_cli.runs import Choice, Run, find, find_one, is_run
 from ema_cli.tensors import Checkpoint
 from ema_cli.text import shorten
 
@@ -162,7 +162,6 @@ def average_run(
 
     Raises:
         EmaError: one of `ema_cli.errors`; nothing is left under the output's name.
-
     """
     started = time.monotonic()
     plan = plan_run(
@@ -209,7 +208,7 @@ def inspect(path: str | os.PathLike[str]) -> Checkpoint | Run:
     text = os.fspath(path)
     if os.path.isdir(text) and is_run(text, Choice()):
         return find([text], Choice())
-    return find([text], Choice()).checkpoints[0]
+    return find_one(text)
 
 
 def restore_map(
@@ -229,7 +228,6 @@ def restore_map(
         select: ordered pairs ``("include" | "exclude", glob)`` that choose the moving-average
             variables.
         name: of the shadows.
-
     """
     return restored(read(os.fspath(checkpoint), {}), program, _rules(select), name)
 
@@ -281,7 +279,6 @@ def rename(
         executor: any `concurrent.futures.Executor`; threads when None.
 
     Raises `Disagreement` when two tensors would get one name or nothing would be renamed.
-
     """
     request = Request(
         (os.fspath(checkpoint),),

@@ -26,7 +26,6 @@ class Difference:
         total: elements in all.
         max_abs: largest absolute difference; NaN when a NaN meets a number.
         max_rel: largest difference relative to B.
-
     """
 
     tensor: str

@@ -56,7 +56,6 @@ class ExponentialMovingAverage:
         UsageError: a decay outside [0, 1], an unknown `num_updates`.
         TypeError: a decay or name of the wrong type.
         OutputExists: `store` holds shadows already.
-
     """
 
     def __init__(
@@ -109,7 +108,6 @@ class ExponentialMovingAverage:
             TypeError: a variable that is not half, bfloat16, float or double is asked for.
             Disagreement: a name is missing, or its shape or dtype is not that of its shadow.
             InputError: the checkpoint cannot be read.
-
         """
         values = _Values(checkpoint)
         names = self._averaged(values, var_list)
@@ -278,7 +276,6 @@ class ExponentialMovingAverage:
 
         All other tensors of the last applied checkpoint stand under their own names, unless such
         a name is a key already.
-
         """
         if moving_avg_variables is None:
             trainable = [
@@ -318,7 +315,6 @@ class _Values:
     Attributes:
         where: for messages.
         specs: dtype and shape of each tensor, in order.
-
     """
 
     def __init__(self, source: Source) -> None:

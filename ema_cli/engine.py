@@ -60,7 +60,6 @@ class Task(NamedTuple):
         pieces: what to do.
         handles: how many input files may be open at a time.
         check: report the first non-finite value instead of writing it.
-
     """
 
     inputs: tuple[Stamp, ...]

@@ -35,7 +35,6 @@ class EmaError(Exception):
     Args:
         message: one line, *where: what: expected and found*, made of safe text.
         hint: the command or change that helps; may be empty.
-
     """
 
     exit_code = 1
@@ -85,7 +84,6 @@ class DamagedFile(InputError):
         path: the file.
         reason: the invariant with what was expected and found.
         tensor: the tensor the reason is about, if any.
-
     """
 
     def __init__(self, path: str, reason: str, tensor: str | None = None) -> None:

@@ -49,7 +49,6 @@ def update(shadow: Array, value: Array, c: Any, scratch: Array) -> None:
         value: same shape and dtype; left alone unless it is `scratch`.
         c: `cast_coefficient` of the same dtype; 1 copies and 0 leaves alone, without arithmetic.
         scratch: same shape and dtype; overwritten, may be `value` itself.
-
     """
     if c == 0:
         return

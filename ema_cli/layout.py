@@ -53,7 +53,6 @@ class File(NamedTuple):
         nbytes: its final size.
         literals: (offset, bytes) known in advance: headers, indexes, scalars.
         copy_of: the side file it is a copy of, or empty.
-
     """
 
     name: str
@@ -75,7 +74,6 @@ class Layout:
         files: its files, in the order of `Extent.file`.
         places: where each entry's bytes go.
         left_out: input tensors that are not in the output, with the reason.
-
     """
 
     path: str
@@ -184,7 +182,6 @@ def lay_out(
         selection: what is averaged and copied.
         wishes: the options.
         updates: how many a zero-debiased average saw, or None for other averages.
-
     """
     chosen = output_format(path, wishes, last)
     names = output_names(wishes, chosen)

@@ -191,7 +191,6 @@ class Restored(NamedTuple):
         variable: the variable it fills.
         source: ``shadow``, ``plain`` or ``missing``.
         note: what else is worth knowing about the row.
-
     """
 
     restore_name: str
@@ -211,7 +210,6 @@ def restore_map(saved: Collection[str], averaged: Mapping[str, bool], name: str)
 
     Source: `ExponentialMovingAverage.variables_to_restore`: averaged variables under
     ``average_name``, every other variable under its own name unless that is a key already.
-
     """
     names = set(saved)
     rows: dict[str, Restored] = {}

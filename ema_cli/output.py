@@ -95,7 +95,6 @@ class Unpublished:
         layout: what it will be.
         paths: its files under their temporary names, in the order of ``layout.files``.
         notes: what could not be promised.
-
     """
 
     def __init__(self, layout: Layout, *, overwrite: bool) -> None:

@@ -58,7 +58,6 @@ class Outcome:
         last: the checkpoint whose structure and copies the output has.
         selection: what is averaged and copied.
         layout: the output.
-
     """
 
     average: Average
@@ -94,7 +93,6 @@ class Plan:
         averaged: ranges to average.
         copies: bytes to copy.
         costs: bytes read, written, held and free.
-
     """
 
     request: Request

@@ -31,7 +31,6 @@ class Range(NamedTuple):
         elements: how many.
         places: for each distinct index of the run, (file in the checkpoint, byte offset).
         targets: for each distinct schedule, where its result goes.
-
     """
 
     dtype: str

@@ -18,7 +18,6 @@ class TensorReader:
     Attributes:
         dtype: NumPy dtype of the blocks.
         elements: how many there are.
-
     """
 
     def __init__(self, checkpoint: Checkpoint, tensor: Tensor) -> None:

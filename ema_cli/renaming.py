@@ -32,7 +32,6 @@ class Renamed:
         replaced: variables whose place a shadow took.
         left_out: tensors that belong to a shadow and have no place in the copy.
         kept: how many tensors kept their names.
-
     """
 
     path: str

@@ -33,7 +33,6 @@ class RestoreMap:
         rows: one per restore name.
         orphans: shadows whose variable nobody asks for.
         name: of the shadows.
-
     """
 
     rows: tuple[Restored, ...]

@@ -34,7 +34,6 @@ class Written:
         path: where it is.
         status: ``written``, or ``unchanged`` when an equal output was there already.
         nbytes: its size.
-
     """
 
     path: str
@@ -52,7 +51,6 @@ class RunResult:
         warnings: those of the plan.
         seconds: wall clock time, planning included.
         notes: what could not be promised, e.g. reserved space.
-
     """
 
     plan: Plan
@@ -158,7 +156,6 @@ def produce(
         executor: given, or None for threads.
         on_event: told of progress.
         overwrite: replace existing outputs.
-
     """
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(_executor(executor, plan.request.workers))

@@ -47,7 +47,6 @@ class PassedOver:
         path: the entry.
         reason: why, one clause.
         unusable: it looks like a checkpoint that should have been usable (exit code 3).
-
     """
 
     path: str
@@ -95,6 +94,11 @@ def find(paths: Sequence[str], choice: Choice, known: Known | None = None) -> Ru
     return found
 
 
+def find_one(path: str) -> Checkpoint:
+    """Return the checkpoint at `path` with its step, if anything tells one."""
+    return _with_step(formats.read(path, {}), Choice())
+
+
 def is_run(path: str, choice: Choice) -> bool:
     """Whether a directory holds checkpoints rather than being one itself."""
     if choice.glob is not None:
@@ -102,10 +106,9 @@ def is_run(path: str, choice: Choice) -> bool:
     indexes, weights = sharded.contents(path)
     if not indexes and (len(weights) != 1 or step_from_name(weights[0]) is not None):
         return True
-    return any(
-        entry.is_dir() and _NUMBERED_FOLDER.search(entry.name) and sharded.is_checkpoint(entry.path)
-        for entry in os.scandir(path)
-    )
+    with os.scandir(path) as entries:
+        numbered = [e.path for e in entries if e.is_dir() and _NUMBERED_FOLDER.search(e.name)]
+    return any(sharded.is_checkpoint(folder) for folder in numbered)
 
 
 def _nothing(paths: Sequence[str], passed_over: Sequence[PassedOver]) -> NothingToAverage:
@@ -125,13 +128,14 @@ def _nothing(paths: Sequence[str], passed_over: Sequence[PassedOver]) -> Nothing
 def _search(root: str, choice: Choice, known: Known) -> Run:
     entries = sorted(os.listdir(root))
     candidates, passed_over = _candidates(root, entries, choice)
-    siblings = {os.path.realpath(os.path.join(root, name)) for name in candidates}
+    paths = [os.path.join(root, name) for name in candidates]
+    siblings = {os.path.realpath(path) for path in paths if not os.path.islink(path)}
     checkpoints: list[Checkpoint] = []
     seen: set[tuple[int, int]] = set()
     for name in candidates:
         path = os.path.join(root, name)
         outcome = _reason_by_name(path, siblings) or _reason_by_identity(path, seen)
-        taken = outcome or _read(path, choice, known)
+        taken = outcome or _read(path, name, choice, known)
         if isinstance(taken, Checkpoint):
             checkpoints.append(taken)
         else:
@@ -166,7 +170,7 @@ def _reason_by_name(path: str, siblings: set[str]) -> PassedOver | None:
         reason = "hidden"
     elif _TEMPORARY.search(bare):
         reason = "a temporary name: still being written, or left over"
-    elif os.path.islink(path) and os.path.realpath(path) in siblings - {os.path.abspath(path)}:
+    elif os.path.islink(path) and os.path.realpath(path) in siblings:
         reason = "a link to another entry"
     elif _ALIAS.match(name) and step_from_name(name) is None:
         reason = "an alias: its name tells no step"
@@ -192,11 +196,12 @@ def _promising(path: str) -> bool:
     return any(path.endswith(f.suffix) for f in formats.FORMATS.values() if f.suffix)
 
 
-def _read(path: str, choice: Choice, known: Known) -> Checkpoint | PassedOver:
+def _read(path: str, within: str, choice: Choice, known: Known) -> Checkpoint | PassedOver:
     try:
         if formats.detect(path) is None:
             return _foreign(path)
-        return _with_step(formats.read(path, known), choice)
+        checkpoint = dataclasses.replace(formats.read(path, known), within=within)
+        return _with_step(checkpoint, choice)
     except InputError as error:
         reason = error.message.removeprefix(f"{shorten(path, 1000)}: ")
         return PassedOver(path, reason, unusable=_promising(path) or os.path.isdir(path))
@@ -210,7 +215,7 @@ def _foreign(path: str) -> PassedOver:
             return PassedOver(path, reason, unusable=True)
         known = foreign.recognise(path)
         if known is None:
-            return PassedOver(path, "a folder without weights")
+            return PassedOver(path, "a folder without weights", unusable=_promising(path))
     known = foreign.recognise(path)
     reason = f"{known.title}: not read by this version" if known else "not a checkpoint"
     return PassedOver(path, reason)
@@ -218,7 +223,7 @@ def _foreign(path: str) -> PassedOver:
 
 def _with_step(checkpoint: Checkpoint, choice: Choice) -> Checkpoint:
     """Return the checkpoint with its step: the stored one wins, a name that differs is noted."""
-    told = step_from_name(checkpoint.name, compile_step_from(choice.step_from))
+    told = _told_step(checkpoint, compile_step_from(choice.step_from))
     stored = stored_step(checkpoint)
     if stored is None or (choice.step_from is not None and told is not None):
         return dataclasses.replace(checkpoint, step=told)
@@ -227,6 +232,20 @@ def _with_step(checkpoint: Checkpoint, choice: Choice) -> Checkpoint:
         where = shorten(checkpoint.path, 1000)
         notes += (f"{where}: its {stored.source} says step {stored.value}, its name says {told}",)
     return dataclasses.replace(checkpoint, step=stored.value, notes=notes)
+
+
+def _told_step(checkpoint: Checkpoint, expression: re.Pattern[str] | None) -> int | None:
+    """Return the step told by the name, or by the folders it lies in, innermost first.
+
+    Within a run all folders down from its directory are asked; of a checkpoint that was named
+    only the folder it lies in, when that is called as a checkpoint's folder is.
+    """
+    parts = checkpoint.name.split("/")
+    if not checkpoint.within:
+        folder = os.path.basename(os.path.dirname(checkpoint.path.rstrip("/")))
+        parts = [folder, *parts] if _NUMBERED_FOLDER.fullmatch(folder) else parts
+    steps = (step_from_name(part, expression) for part in reversed(parts))
+    return next((step for step in steps if step is not None), None)
 
 
 def _settle(root: str, checkpoints: list[Checkpoint], passed_over: list[PassedOver]) -> Run:

@@ -106,7 +106,6 @@ class Average:
         init: ``first`` copies the first checkpoint, ``zeros`` starts from zero as TensorFlow
             does for a plain Tensor.
         zero_debias: divide by TensorFlow's bias factor at the end; implies ``zeros``.
-
     """
 
     label: str
@@ -132,7 +131,6 @@ class Schedule:
         zero_debias: whether the result is divided by `debias_factor`.
         updates: how many updates the average saw (TensorFlow's ``local_step``).
         last: ordinal of the last checkpoint of the window; copies come from there.
-
     """
 
     coefficients: tuple[float, ...]
@@ -376,8 +374,8 @@ def _listed(
     weights = [0.0] * len(steps)
     for key, weight in table:
         matches = [k for k, name in enumerate(names) if key == name]
-        if not matches and key.isdecimal():
-            matches = [k for k, step in enumerate(steps) if step == int(key)]
+        if not matches:
+            matches = [k for k, step in enumerate(steps) if str(step) == (key.lstrip("0") or "0")]
         if not matches:
             known = ", ".join(str(step) for step in steps[:20])
             raise Disagreement(

@@ -41,7 +41,6 @@ class Selection:
         copied: taken bit for bit from the last checkpoint, each with its reason.
         optimizer: optimizer state, kept or dropped with the layout.
         replaced: shadows of our own name, which the result replaces.
-
     """
 
     averaged: tuple[Tensor, ...]

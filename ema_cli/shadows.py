@@ -35,7 +35,6 @@ class ShadowStore:
     Attributes:
         directory: where the slots are.
         generation: of the slot that counts; -1 before the first.
-
     """
 
     def __init__(self, directory: str) -> None:

@@ -28,7 +28,7 @@ SHAPES = ("linear", "cosine", "1-sqrt")
 DEFAULT_DECAY = "0.999"
 DEFAULT_NUM_UPDATES = "count"
 
-_WINDOW = re.compile(r"@(?:last=(\d+)|(\d*):(\d*))$")
+_WINDOW = re.compile(r"@(?:last=(\d{1,18})|(\d{0,18}):(\d{0,18}))$")
 _LABEL = re.compile(r"([A-Za-z0-9._-]+)=(?=.)")
 _FORMS = (
     "ema:D, ema:D/step, half-life:STEPS, mean, lr:{linear,cosine,1-sqrt}, power:SIGMA_REL, "
@@ -192,7 +192,7 @@ def _last_field(line: str) -> tuple[str, str, str]:
 
 def parse_window(text: str) -> tuple[int | None, int | None, int | None]:
     """Return (A, B, C) of ``A:B[:C]``; open ends are None. Raises `UsageError`."""
-    match = re.fullmatch(r"(\d*):(\d*)(?::(\d+))?", text)
+    match = re.fullmatch(r"(\d{0,18}):(\d{0,18})(?::(\d{1,18}))?", text)
     if match is None or match[3] == "0":
         raise UsageError(
             f"--steps: expected A:B or A:B:C with steps A..B, every C-th, found '{shorten(text)}'"

@@ -18,6 +18,7 @@ from ema_cli.text import shorten
 TRAINER_STATE = "trainer_state.json"
 _TRAINER_STATE_LIMIT = 16 << 20
 _LARGEST_STEP = 1 << 62
+_LONGEST_STEP = 18
 
 _SUFFIX = re.compile(r"(?:\.(?:safetensors|index|json|pt|pth|ckpt|bin|h5|keras|npz|weights))+$")
 # What looks like a number and is no step: metrics, versions, shard counts, decimals.
@@ -50,21 +51,25 @@ def step_from_name(name: str, expression: re.Pattern[str] | None = None) -> int 
     Args:
         name: without its directory.
         expression: the user's own ``--step-from``: its first group, or else the whole match.
-
     """
     if expression is not None:
         found = expression.search(name)
         digits = found and (found[1] if expression.groups else found[0])
-        return int(digits) if digits and digits.isdecimal() else None
+        return _number(digits) if digits else None
     text = _NOISE.sub(" ", _SUFFIX.sub("", name))
     for label in _LABELS:
         if match := label.search(text):
-            return int(match[1])
+            return _number(match[1])
     epochs = _EPOCH.findall(text)
     numbers = _NUMBER.findall(_EPOCH.sub(" ", text))
     if len(numbers) == 1:
-        return int(numbers[0])
-    return int(epochs[0]) if not numbers and len(epochs) == 1 else None
+        return _number(numbers[0])
+    return _number(epochs[0]) if not numbers and len(epochs) == 1 else None
+
+
+def _number(digits: str) -> int | None:
+    """Return the step, or None when no step is that large."""
+    return int(digits) if digits.isdecimal() and len(digits) <= _LONGEST_STEP else None
 
 
 def compile_step_from(text: str | None) -> re.Pattern[str] | None:

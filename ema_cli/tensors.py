@@ -22,7 +22,6 @@ class DType:
         bits: width of one element; 4 and 6 bit types are packed.
         averaged: whether TensorFlow's moving average takes it (half, bfloat16, float, double).
         floating: whether it holds real numbers; float8 and smaller are, but are never averaged.
-
     """
 
     name: str
@@ -120,7 +119,6 @@ class Index:
         names: the file names inside a folder checkpoint, or one empty string for a single file.
         header_digests: SHA-256 of each file's header.
         metadata: the file level string metadata of the first file.
-
     """
 
     format: str
@@ -159,7 +157,7 @@ class Checkpoint:
         index: what it holds.
         step: the training step, or None when nothing tells it.
         notes: what was odd about it, but no reason to refuse it.
-
+        within: its path inside the run's directory, where it was found by searching.
     """
 
     path: str
@@ -167,8 +165,9 @@ class Checkpoint:
     index: Index
     step: int | None = None
     notes: tuple[str, ...] = ()
+    within: str = ""
 
     @property
     def name(self) -> str:
-        """The last component of the path."""
-        return self.path.rstrip("/").rpartition("/")[2]
+        """What tells it from the others: its path within the run, or its last component."""
+        return self.within or self.path.rstrip("/").rpartition("/")[2]

@@ -27,7 +27,6 @@ class Out:
         quiet: errors only on stderr.
         verbose: also what is usually not worth a line.
         color: styles are allowed (never needed to understand).
-
     """
 
     def __init__(

@@ -165,7 +165,7 @@ _JSON = (
     of_header("a second object behind the header", b"{}{}", 0, "closing brace"),
     of_header("a comma before the brace", b'{"layer/w":%b,}' % _ENTRY, 8, "not JSON"),
     of_header("a number for a name", b"{1:2}", 0, "not JSON"),
-    of_header("5,000 brackets", b'{"layer/w":' + _DEEP + b"}", 0, "nested too deeply"),
+    of_header("5,000 brackets", b'{"layer/w":' + _DEEP + b"}", 0, "an entry is longer"),
     of_header("a NaN for a dimension", _with_shape(b"[NaN]"), 8, "not JSON", "NaN"),
     of_header("an infinite dimension", _with_shape(b"[Infinity]"), 8, "not JSON", "Infinity"),
     of_header("a number of 5,000 digits", _with_shape(b"[" + b"9" * 5000 + b"]"), 8, "not JSON"),

@@ -31,6 +31,7 @@ ROWS: list[set[str]] = [
     {"formats"},
     {"formats.sharded"},
     {"formats.safetensors", "formats.foreign"},
+    {"formats.scanning"},
     {"specs", "files", "kernel"},
     {"schedules", "naming"},
     {"tensors", "machine"},

@@ -92,6 +92,7 @@ def _checkpoint(out: Out, checkpoint: Checkpoint, name: str) -> None:
         for tensor in index.tensors
     ]
     folder = len(index.names) > 1
+    step = "" if checkpoint.step is None else f", step {checkpoint.step:,}"
     out.table(
         ("tensor", "dtype", "shape", "bytes", "role") + (("file",) if folder else ()),
         [
@@ -101,7 +102,7 @@ def _checkpoint(out: Out, checkpoint: Checkpoint, name: str) -> None:
         ],
     )
     out.say(
-        f"{index.format}, step {checkpoint.step}: {plural(len(rows), 'tensor')}, "
+        f"{index.format}{step}: {plural(len(rows), 'tensor')}, "
         f"{size(index.nbytes)} in {plural(len(index.names), 'file')}"
     )
     origin = provenance.load(checkpoint.path)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from ema_cli.errors import InputError
-from ema_cli.files import open_input
+from ema_cli.files import open_input, read_exact
 from ema_cli.formats import foreign, safetensors, sharded
 from ema_cli.formats.safetensors import Known
 from ema_cli.tensors import Checkpoint
@@ -28,7 +28,6 @@ class Format(NamedTuple):
         folder: whether a checkpoint of it is a folder.
         suffix: of a single file, or empty.
         read: path and known indexes to a checkpoint.
-
     """
 
     title: str
@@ -61,7 +60,10 @@ def detect(path: str) -> str | None:
 def _start(path: str) -> tuple[bytes, int]:
     fd = open_input(path)
     try:
-        return os.pread(fd, 16, 0), os.fstat(fd).st_size
+        n_bytes = os.fstat(fd).st_size
+        start = bytearray(min(n_bytes, 16))
+        read_exact(fd, memoryview(start), 0, path)
+        return bytes(start), n_bytes
     finally:
         os.close(fd)
 
@@ -83,8 +85,10 @@ def _unreadable(path: str) -> InputError:
         return foreign.unread(path, known)
     shown = shorten(path, 1000)
     if os.path.isdir(path):
+        _, weights = sharded.contents(path)
+        found = f"{len(weights)} and no index" if weights else "none"
         return InputError(
             f"{shown}: expected a checkpoint folder with an index or exactly one "
-            f"{safetensors.SUFFIX} file, found none"
+            f"{safetensors.SUFFIX} file, found {found}"
         )
     return InputError(f"{shown}: not a checkpoint: expected a safetensors file or folder")

@@ -15,18 +15,19 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ema_cli.errors import DamagedFile
 from ema_cli.files import open_input, read_exact, stamp
+from ema_cli.formats.scanning import Repeated, Scanner
 from ema_cli.tensors import DTYPES, Checkpoint, DType, Extent, Index, Stamp, Tensor
 from ema_cli.text import shorten, size
 
 NAME = "safetensors"
 SUFFIX = ".safetensors"
 
-# The format allows 100 MB; a header of 16 MiB holds some 150,000 tensors and is parsed in memory.
+# The format allows 100 MB; a header of 16 MiB holds some 200,000 tensors.
 HEADER_LIMIT = 16 << 20
 TENSOR_LIMIT = 1_000_000
 # NumPy 1 holds no more than 32 dimensions, NumPy 2 no more than 64.
@@ -135,16 +136,21 @@ def _parse(
     metadata: Mapping[str, str] = {}
     names: set[str] = set()
     start = 8 + len(raw)
-    for name, value in _members(path, text):
+    scanner = Scanner(path, text)
+    more = scanner.enter()
+    while more:
+        name = scanner.key()
         if name in names:
             raise DamagedFile(path, "this name stands twice in the header", name)
         names.add(name)
         if name == "__metadata__":
-            metadata = _metadata(path, value)
-            continue
-        if len(tensors) >= TENSOR_LIMIT:
+            metadata = _metadata(path, scanner)
+        elif len(tensors) < TENSOR_LIMIT:
+            tensors.append(_tensor(path, name, scanner.entry(), start))
+        else:
             raise DamagedFile(path, f"expected at most {TENSOR_LIMIT:,} tensors, found more")
-        tensors.append(_tensor(path, name, value, start))
+        more = scanner.next()
+    scanner.end()
     tensors.sort(key=_position)
     _check_tiling(path, tensors, start, file_size)
     return tuple(tensors), metadata
@@ -154,85 +160,23 @@ def _position(tensor: Tensor) -> tuple[int, int]:
     return tensor.extent[1:]
 
 
-class _Repeated(NamedTuple):
-    """Stands for a JSON object with a field that occurs twice."""
-
-    field: str
-
-
-def _object(pairs: list[tuple[str, Any]]) -> Any:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        return _Repeated(next(k for k, _ in pairs if [p[0] for p in pairs].count(k) > 1))
-    return value
-
-
-def _not_a_number(constant: str) -> Any:
-    raise ValueError(f"{constant} is not JSON")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_not_a_number)
-
-
-def _members(path: str, text: str) -> Iterable[tuple[str, Any]]:
-    """Yield the (key, value) pairs of the top-level object one by one.
-
-    Decoding member by member keeps memory near that of the result: whole-header decoding of many
-    tensors takes several times as much.
-    """
-    if not text.startswith("{"):
-        raise DamagedFile(path, f"expected the header to begin with '{{', found {text[:1]!a}")
-    at = _skip(text, 1)
-    while text[at : at + 1] != "}":
-        key, at = _decode(path, text, at)
-        if type(key) is not str:
-            raise DamagedFile(path, f"the header is not JSON: expected a name at byte {at}")
-        at = _expect(path, text, _skip(text, at), ":")
-        value, at = _decode(path, text, at)
-        yield key, value
-        at = _skip(text, at)
-        if text[at : at + 1] != "}":
-            at = _expect(path, text, at, ",")
-            if text[at : at + 1] == "}":
-                raise DamagedFile(path, "the header is not JSON: expected a name after ','")
-    if text[at + 1 :].strip(" "):
-        raise DamagedFile(path, "expected only spaces after the header's closing brace")
-
-
-def _skip(text: str, at: int) -> int:
-    while text[at : at + 1] in (" ", "\n", "\r", "\t"):
-        at += 1
-    return at
-
-
-def _expect(path: str, text: str, at: int, character: str) -> int:
-    if text[at : at + 1] != character:
-        found = repr(text[at : at + 1]) if at < len(text) else "its end"
-        raise DamagedFile(
-            path, f"the header is not JSON: expected '{character}' at byte {at}, found {found}"
-        )
-    return _skip(text, at + 1)
-
-
-def _decode(path: str, text: str, at: int) -> tuple[Any, int]:
-    try:
-        return _DECODER.raw_decode(text, at)
-    except RecursionError:
-        raise DamagedFile(path, "the header is nested too deeply") from None
-    except StopIteration:
-        raise DamagedFile(path, "the header is not JSON: it ends too early") from None
-    except ValueError as error:
-        raise DamagedFile(path, f"the header is not JSON: {shorten(str(error))}") from None
-
-
-def _metadata(path: str, value: Any) -> Mapping[str, str]:
-    if isinstance(value, _Repeated):
-        raise DamagedFile(path, f"__metadata__ holds '{shorten(value.field)}' twice")
-    if type(value) is not dict or any(type(text) is not str for text in value.values()):
+def _metadata(path: str, scanner: Scanner) -> Mapping[str, str]:
+    """Return ``__metadata__``, which maps strings to strings and holds nothing else."""
+    if not scanner.at_object():
         raise DamagedFile(path, "__metadata__ must map strings to strings")
-    for text in (*value, *value.values()):
-        _check_unicode(path, text, "__metadata__")
-    return value
+    found: dict[str, str] = {}
+    more = scanner.enter()
+    while more:
+        key = scanner.key()
+        if key in found:
+            raise DamagedFile(path, f"__metadata__ holds '{shorten(key)}' twice")
+        if not scanner.at_string():
+            raise DamagedFile(path, "__metadata__ must map strings to strings")
+        found[key] = scanner.string()
+        for text in (key, found[key]):
+            _check_unicode(path, text, "__metadata__")
+        more = scanner.next()
+    return found
 
 
 def _check_unicode(path: str, text: str, what: str) -> None:
@@ -269,7 +213,7 @@ def _tensor(path: str, name: str, value: Any, start: int) -> Tensor:
 
 
 def _wrong_fields(path: str, name: str, value: Any) -> DamagedFile:
-    if isinstance(value, _Repeated):
+    if isinstance(value, Repeated):
         return DamagedFile(path, f"the field '{shorten(value.field)}' stands twice", name)
     found = ", ".join(shorten(str(k), 40) for k in value) if type(value) is dict else value
     expected = ", ".join(sorted(_FIELDS))

@@ -15,6 +15,7 @@ from ema_cli.errors import DamagedFile, InputError, UnsupportedInput
 from ema_cli.files import read_small
 from ema_cli.formats import safetensors
 from ema_cli.formats.safetensors import Known
+from ema_cli.formats.scanning import Repeated, unique
 from ema_cli.tensors import Checkpoint, Extent, Index, Stamp, Tensor
 from ema_cli.text import shorten
 
@@ -120,20 +121,20 @@ def _bare_name(name: str) -> bool:
         name.endswith(safetensors.SUFFIX)
         and name != safetensors.SUFFIX
         and not set(name) & set("/\\:\0")
-        and len(os.fsencode(name)) <= 255
+        and len(name.encode("utf-8", "surrogatepass")) <= 255
+        and name.isprintable()
     )
 
 
 def _json_object(path: str, limit: int) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        value = dict(pairs)
-        if len(value) != len(pairs):
-            twice = next(k for k, _ in pairs if [p[0] for p in pairs].count(k) > 1)
-            raise DamagedFile(path, f"'{shorten(twice)}' stands twice in one object")
+    def hook(pairs: list[tuple[str, Any]]) -> Any:
+        value = unique(pairs)
+        if isinstance(value, Repeated):
+            raise DamagedFile(path, f"'{shorten(value.field)}' stands twice in one object")
         return value
 
     try:
-        document = json.loads(read_small(path, limit).decode("utf-8"), object_pairs_hook=unique)
+        document = json.loads(read_small(path, limit).decode("utf-8"), object_pairs_hook=hook)
     except RecursionError:
         raise DamagedFile(path, "the JSON is nested too deeply") from None
     except UnicodeDecodeError as error:
@@ -184,19 +185,27 @@ def _check_weight_map(path: str, weight_map: Mapping[str, str], index: Index) ->
 def side_files(folder: str) -> list[str]:
     """Return the names of the files that make `folder` load, by allow-list, sorted.
 
-    Regular files (or links to such) of at most `SIDE_FILE_LIMIT` bytes.
+    Regular files of at most `SIDE_FILE_LIMIT` bytes; links only into the ``blobs`` folder of a hub
+    cache, since any other could bring in a file that is none of the model's.
     """
     found = []
-    for entry in os.scandir(folder):
+    blobs = os.path.realpath(os.path.join(folder, "..", "..", "blobs"))
+    for entry in _entries(folder):
         name = entry.name
         wanted = (
             name in _SIDE_NAMES
             or (name.startswith(_SIDE_STARTS) and name.endswith((".json", ".model")))
             or name.endswith(_SIDE_ENDS)
         )
-        if wanted and entry.is_file() and entry.stat().st_size <= SIDE_FILE_LIMIT:
+        own = not entry.is_symlink() or os.path.dirname(os.path.realpath(entry.path)) == blobs
+        if wanted and own and entry.is_file() and entry.stat().st_size <= SIDE_FILE_LIMIT:
             found.append(name)
     return sorted(found)
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return list(entries)
 
 
 def refuse_quantized(folder: str) -> None:
