@@ -100,7 +100,8 @@ def _block(x: Array, y: Array, atol: float, rtol: float) -> tuple[int, float, fl
             left, right = (array.view(np.uint8).reshape(len(array), -1) for array in (x, y))
             differs = (left != right).any(axis=1)
         else:
-            differs = ~(gap <= atol + rtol * np.abs(q)) & ~(np.isnan(p) & np.isnan(q))
+            near = np.isfinite(p) & np.isfinite(q) & (gap <= atol + rtol * np.abs(q))
+            differs = ~(near | (p == q) | (np.isnan(p) & np.isnan(q)))
         if not differs.any():
             return 0, 0.0, 0.0
         gaps, sizes = gap[differs], np.abs(q[differs])

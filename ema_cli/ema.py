@@ -67,14 +67,14 @@ class ExponentialMovingAverage:
         *,
         store: str | os.PathLike[str] | None = None,
     ) -> None:
-        if not (callable(decay) or isinstance(decay, float | int | np.floating | np.integer)):
-            raise TypeError(f"decay: expected a number, found {type(decay).__name__}")
         if not isinstance(name, str):
             raise TypeError(f"name: expected a str, found {type(name).__name__}")
         if not _NAME.fullmatch(name):
             raise ValueError(f"'{shorten(name)}' is not a valid scope name")
         if isinstance(num_updates, str) and num_updates not in ("count", "step"):
             raise UsageError(f"num_updates: expected 'count' or 'step', found '{num_updates}'")
+        if not callable(decay):
+            _check_decay(decay)
         self._decay = decay
         self._num_updates = num_updates
         self._zero_debias = zero_debias
@@ -86,7 +86,6 @@ class ExponentialMovingAverage:
         self._specs: dict[str, tuple[DType, tuple[int, ...]]] = {}
         self._shadow_names: dict[str, str] = {}
         self._known: dict[str, DType] = {}
-        _check_decay(self._current_decay())
 
     @property
     def name(self) -> str:
@@ -127,14 +126,22 @@ class ExponentialMovingAverage:
                     self._mix(writer, old, values, name, coefficient, local_steps[name])
                 else:
                     self._keep(writer, old, name)
+            ours = {name for variable in specs for name in self._stored(variable)}
             for name in values.specs:
-                if name not in specs:
+                if name not in ours:
                     _transfer(writer, name, values.open(name))
         self._updates, self._local_steps, self._specs = updates, local_steps, specs
         self._shadow_names, self._known = shadow_names, known
 
     def _averaged(self, values: _Values, var_list: Sequence[str] | None) -> dict[str, None]:
         """Return the names to average, in order and once each, after TensorFlow's checks."""
+        for name, (dtype, shape) in self._specs.items():
+            if name in values.specs and values.specs[name] != (dtype, shape):
+                raise Disagreement(
+                    f"{values.where}: tensor '{shorten(name)}': expected "
+                    f"{describe(dtype, shape)} as its shadow, found "
+                    f"{describe(*values.specs[name])}"
+                )
         if var_list is None:
             return {
                 name: None
@@ -148,23 +155,18 @@ class ExponentialMovingAverage:
                     f"{values.where}: tensor '{shorten(name)}' is missing",
                     f"did you mean {' or '.join(shorten(c) for c in close)}" if close else "",
                 )
-            dtype, shape = values.specs[name]
-            if not dtype.averaged:
+            if not values.specs[name][0].averaged:
                 raise TypeError(f"The variables must be half, float, or double: {shorten(name)}")
-            if name in self._specs and self._specs[name] != (dtype, shape):
-                raise Disagreement(
-                    f"{values.where}: tensor '{shorten(name)}': expected "
-                    f"{describe(*self._specs[name])} as its shadow, found {describe(dtype, shape)}"
-                )
         return dict.fromkeys(var_list)
 
     def _current_decay(self) -> float:
-        return float(self._decay()) if callable(self._decay) else float(self._decay)
+        decay = self._decay() if callable(self._decay) else self._decay
+        _check_decay(decay)
+        return float(decay)
 
     def _coefficient(self, values: _Values, updates: int) -> float:
         """Return 1 - decay for this apply; see `ema_cli.schedules.one_minus_decay`."""
         decay = self._current_decay()
-        _check_decay(decay)
         n: float | None
         if self._num_updates == "count":
             n = updates
@@ -188,17 +190,21 @@ class ExponentialMovingAverage:
     def _slot_specs(
         self, specs: Mapping[str, tuple[DType, tuple[int, ...]]], values: _Values
     ) -> list[Spec]:
-        slot = [(name, *spec) for name, spec in specs.items()]
-        if self._zero_debias:
-            for name, (dtype, shape) in specs.items():
-                slot.append((self._biased(name), dtype, shape))
-                slot.append((f"{shadow_of(name, self._name)}/local_step", dtype, ()))
+        slot: list[Spec] = []
+        for variable, (dtype, shape) in specs.items():
+            shapes = (shape, shape, ())  # the shadow, the biased one, the counter
+            for name, its_shape in zip(self._stored(variable), shapes, strict=False):
+                slot.append((name, dtype, its_shape))
         taken = {name for name, _, _ in slot}
         slot += [(name, *spec) for name, spec in values.specs.items() if name not in taken]
         return slot
 
-    def _biased(self, name: str) -> str:
-        return f"{shadow_of(name, self._name)}/biased"
+    def _stored(self, variable: str) -> list[str]:
+        """Return the tensors of a slot that belong to one shadow, itself first."""
+        if not self._zero_debias:
+            return [variable]
+        shadow = shadow_of(variable, self._name)
+        return [variable, f"{shadow}/biased", f"{shadow}/local_step"]
 
     def _mix(
         self,
@@ -211,7 +217,7 @@ class ExponentialMovingAverage:
     ) -> None:
         """Write the next generation of one shadow."""
         dtype = numpy_dtype(values.specs[name][0].name)
-        stored = self._biased(name) if self._zero_debias else name
+        stored = self._stored(name)[1] if self._zero_debias else name
         c = dtype.type(coefficient)
         factor = debias_factor(coefficient, updates, dtype) if self._zero_debias else 1.0
         with ExitStack() as stack:
@@ -233,15 +239,12 @@ class ExponentialMovingAverage:
                     writer.put(name, start, shadow)
         if self._zero_debias:
             counter = np.array([local_step(updates, dtype)]).astype(dtype)
-            writer.put(f"{shadow_of(name, self._name)}/local_step", 0, counter)
+            writer.put(self._stored(name)[2], 0, counter)
 
     def _keep(self, writer: SlotWriter, old: Checkpoint | None, name: str) -> None:
         """Carry a shadow that this apply does not touch into the next generation."""
         assert old is not None  # noqa: S101  # a shadow that exists lies in a slot
-        names = [name]
-        if self._zero_debias:
-            names += [self._biased(name), f"{shadow_of(name, self._name)}/local_step"]
-        for stored in names:
+        for stored in self._stored(name):
             _transfer(writer, stored, TensorReader(old, old.index.by_name[stored]))
 
     # ------------------------------------------------------------------ asking
@@ -297,7 +300,9 @@ def _temporary(owner: object) -> str:
     return directory
 
 
-def _check_decay(decay: float) -> None:
+def _check_decay(decay: object) -> None:
+    if not isinstance(decay, float | int | np.floating | np.integer):
+        raise TypeError(f"decay: expected a number, found {type(decay).__name__}")
     if not 0 <= decay <= 1:
         raise UsageError(f"decay: expected a number in [0, 1], found {decay}")
 

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ema_cli import kernel
+from ema_cli.durable import start_writing, write_exact
 from ema_cli.errors import storage_errors
-from ema_cli.files import Handles, handle_limit, read_exact, start_writing, write_exact
+from ema_cli.files import Handles, handle_limit, read_exact
 from ema_cli.layout import BIASED, COPY
 from ema_cli.plan import BLOCK_ELEMENTS, TASK_ELEMENTS, Plan
 from ema_cli.ranges import Copy, Range, Target

@@ -55,9 +55,10 @@ def update(shadow: Array, value: Array, c: Any, scratch: Array) -> None:
     if c == 1:
         np.copyto(shadow, value)
         return
-    np.subtract(shadow, value, out=scratch)
-    np.multiply(scratch, c, out=scratch)
-    np.subtract(shadow, scratch, out=shadow)
+    with np.errstate(invalid="ignore", over="ignore"):  # infinities follow IEEE 754, silently
+        np.subtract(shadow, value, out=scratch)
+        np.multiply(scratch, c, out=scratch)
+        np.subtract(shadow, scratch, out=shadow)
 
 
 @functools.cache

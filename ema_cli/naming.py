@@ -54,7 +54,7 @@ def shadow_of(variable: str, name: str) -> str:
 def variable_of(tensor: str, name: str) -> str | None:
     """Return the variable whose shadow `tensor` is by its name, or None."""
     suffix = f"/{name}"
-    return tensor.removesuffix(suffix) if tensor.endswith(suffix) else None
+    return tensor.removesuffix(suffix) or None if tensor.endswith(suffix) else None
 
 
 @functools.lru_cache(maxsize=1 << 15)
@@ -191,12 +191,14 @@ class Restored(NamedTuple):
         variable: the variable it fills.
         source: ``shadow``, ``plain`` or ``missing``.
         note: what else is worth knowing about the row.
+        saved_as: for a missing row, the name under which it is saved instead, or empty.
     """
 
     restore_name: str
     variable: str
     source: str
     note: str = ""
+    saved_as: str = ""
 
 
 def restore_map(saved: Collection[str], averaged: Mapping[str, bool], name: str) -> list[Restored]:
@@ -218,12 +220,23 @@ def restore_map(saved: Collection[str], averaged: Mapping[str, bool], name: str)
         if key in names:
             rows[key] = Restored(key, variable, "shadow")
         elif f"{key}_1" in names:
-            rows[key] = Restored(key, variable, "missing", f"saved as '{key}_1'")
+            rows[key] = Restored(key, variable, "missing", f"saved as '{key}_1'", f"{key}_1")
+        elif variable in names:
+            note = "only the plain name is saved"
+            rows[key] = Restored(key, variable, "missing", note, variable)
         else:
-            note = "only the plain name is saved" if variable in names else ""
-            rows[key] = Restored(key, variable, "missing", note)
+            rows[key] = Restored(key, variable, "missing")
     for variable in (v for v, is_averaged in averaged.items() if not is_averaged):
         if variable not in rows:
-            source = "plain" if variable in names else "missing"
-            rows[variable] = Restored(variable, variable, source)
+            rows[variable] = _plain(variable, names, name)
     return list(rows.values())
+
+
+def _plain(variable: str, names: Collection[str], name: str) -> Restored:
+    """Return the row of a variable that is asked for under its own name."""
+    if variable in names:
+        return Restored(variable, variable, "plain")
+    shadow = shadow_of(variable, name)
+    if shadow in names:
+        return Restored(variable, variable, "missing", "only its shadow is saved", shadow)
+    return Restored(variable, variable, "missing")

@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor
+from typing import Any
 
-from ema_cli import files, provenance
+from ema_cli import durable, files, provenance
 from ema_cli.errors import EmaError, OutputExists, StorageError, storage_errors
 from ema_cli.formats import FORMATS, Known, safetensors, sharded
 from ema_cli.layout import Layout
@@ -75,8 +76,13 @@ def _check_replaceable(path: str, shown: str, mode: int) -> None:
     """A folder is deleted when it is replaced: never one that may hold something else."""
     if not stat.S_ISDIR(mode):
         raise OutputExists(f"{shown}: expected a folder to replace, found a file")
-    entries = list(os.scandir(path))
-    foreign = next((e.name for e in entries if not e.is_file(follow_symlinks=False)), None)
+    with os.scandir(path) as listing:
+        entries = list(listing)
+    indexes, weights = sharded.contents(path)
+    own = {*indexes, *weights, *sharded.side_files(path)}
+    foreign = next(
+        (e.name for e in entries if e.name not in own or not e.is_file(follow_symlinks=False)), None
+    )
     if entries and (foreign is not None or not sharded.is_checkpoint(path)):
         what = f"it holds '{shorten(foreign)}'" if foreign else "it holds no checkpoint"
         raise OutputExists(
@@ -101,11 +107,12 @@ class Unpublished:
         self.layout = layout
         self._overwrite = overwrite
         self.destination = layout.path.rstrip("/")
-        self.root = files.beside(self.destination, files.TEMPORARY_SUFFIX)
+        self.root = durable.beside(self.destination, durable.TEMPORARY_SUFFIX)
         self.paths = [
             os.path.join(self.root, f.name) if f.name else self.root for f in layout.files
         ]
         self.notes: list[str] = []
+        self._aside = durable.beside(self.destination, durable.ASIDE_SUFFIX)
         self._lock = -1
         self._published = False
 
@@ -114,11 +121,12 @@ class Unpublished:
         with storage_errors(parent or ".", "cannot create"):
             os.makedirs(parent or ".", exist_ok=True)
         if self.layout.folder:
-            self._lock = files.create_locked_directory(self.root)
+            self._lock = durable.create_locked_directory(self.root)
         else:
-            self._lock = files.create_locked(self.root)
+            self._lock = durable.create_locked(self.root)
         try:
-            self._repair()
+            with storage_errors(self.destination, "cannot repair"):
+                self._repair()
             self._create()
         except BaseException:
             self.__exit__()
@@ -127,22 +135,24 @@ class Unpublished:
 
     def __exit__(self, *_: object) -> None:
         if not self._published:
-            files.remove(self.root)
+            durable.remove(self.root)
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
 
     def _repair(self) -> None:
         """Finish what a killed replacement left: the old folder under its waiting name."""
-        aside = files.beside(self.destination, files.ASIDE_SUFFIX)
-        if os.path.lexists(aside):
+        if os.path.lexists(self._aside):
             if os.path.lexists(self.destination):
-                files.remove(aside)
+                durable.remove(self._aside)
             else:
-                os.rename(aside, self.destination)
+                os.rename(self._aside, self.destination)
+        if not self._overwrite and os.path.lexists(self.destination):
+            # Repaired just now, or published by another process before we had the lock.
+            raise _exists(shorten(self.destination, 1000))
 
     def _create(self) -> None:
-        needed, free = self.layout.nbytes, files.free_bytes(os.path.dirname(self.root) or ".")
+        needed, free = self.layout.nbytes, durable.free_bytes(os.path.dirname(self.root) or ".")
         if needed > free:
             raise StorageError(
                 f"{shorten(self.destination, 1000)}: needs {size(needed)}, "
@@ -150,12 +160,12 @@ class Unpublished:
                 "free some space, or write elsewhere with -o",
             )
         for path, file in zip(self.paths, self.layout.files, strict=True):
-            fd = self._lock if path == self.root else files.create_locked(path)
+            fd = self._lock if path == self.root else durable.create_locked(path)
             try:
-                if not files.reserve(fd, file.nbytes, path):
+                if not durable.reserve(fd, file.nbytes, path):
                     self.notes.append(f"{shorten(path, 1000)}: space could not be reserved")
                 for offset, data in file.literals:
-                    files.write_exact(fd, data, offset, path)
+                    durable.write_exact(fd, data, offset, path)
             finally:
                 if fd != self._lock:
                     os.close(fd)
@@ -170,11 +180,11 @@ class Unpublished:
         for path in self.paths:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
-                files.sync(fd, path)
+                durable.sync(fd, path)
             finally:
                 os.close(fd)
         if self.layout.folder:
-            files.sync(self._lock, self.root)
+            durable.sync(self._lock, self.root)
         return checksums
 
     def _check_index(self) -> None:
@@ -202,30 +212,33 @@ class Unpublished:
         key = safetensors.known_as(like.header_digests[0], self.layout.files[0].nbytes)
         return {key: like}
 
-    def publish(self) -> None:
-        """Give the output its name: the point after which it exists."""
-        parent = os.path.dirname(self.destination)
-        if not self._overwrite and os.path.lexists(self.destination):
-            # Published by another process since we looked; from now on our lock forbids it.
-            raise _exists(shorten(self.destination, 1000))
-        with storage_errors(self.destination, "cannot publish"):
-            if self.layout.folder and os.path.lexists(self.destination):
-                self._replace_folder()
-            else:
-                os.replace(self.root, self.destination)
-            self._published = True
-        files.sync_directory(parent)
+    def publish(self, document: Mapping[str, Any]) -> None:
+        """Give the output its name, the point after which it exists, and its provenance too."""
+        staged = provenance.stage(self.destination, document)
+        try:
+            with storage_errors(self.destination, "cannot publish"):
+                self._rename()
+        except BaseException:
+            durable.remove(staged)
+            raise
+        self._published = True
+        try:
+            # If this fails, the staged document stays: the next run recovers it.
+            provenance.publish(staged, self.destination)
+            durable.sync_directory(os.path.dirname(self.destination))
+        finally:
+            durable.remove(self._aside)
 
-    def _replace_folder(self) -> None:
-        aside = files.beside(self.destination, files.ASIDE_SUFFIX)
-        os.rename(self.destination, aside)
+    def _rename(self) -> None:
+        if not self.layout.folder or not os.path.lexists(self.destination):
+            os.replace(self.root, self.destination)
+            return
+        os.rename(self.destination, self._aside)
         try:
             os.rename(self.root, self.destination)
         except BaseException:
-            os.rename(aside, self.destination)
+            os.rename(self._aside, self.destination)
             raise
-        files.sync_directory(os.path.dirname(self.destination))
-        files.remove(aside)
 
     def fingerprint(self) -> str:
         """Return the fingerprint the published output will have."""

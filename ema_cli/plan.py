@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ema_cli import kernel, ranges, runs
+from ema_cli.durable import free_bytes
 from ema_cli.errors import UsageError
-from ema_cli.files import free_bytes
 from ema_cli.formats import Known
 from ema_cli.formats.sharded import refuse_quantized
 from ema_cli.layout import Layout, Wishes, lay_out

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ema_cli.errors import EmaError
-from ema_cli.files import open_input, read_exact, read_small, write_durably
+from ema_cli import durable
+from ema_cli.errors import EmaError, storage_errors
+from ema_cli.files import open_input, read_exact, read_small
 
 SUFFIX = ".ema.json"
 SCHEMA = 1
@@ -57,8 +59,11 @@ def files_of(output: str, names: Sequence[str]) -> list[tuple[str, str]]:
 def load(output: str) -> Mapping[str, Any] | None:
     """Return the provenance of `output` if there is one and it still tells the truth."""
     path = path_for(output)
-    if not os.path.isfile(path):
-        return None
+    return _read(path, output) if os.path.isfile(path) else None
+
+
+def _read(path: str, output: str) -> Mapping[str, Any] | None:
+    """Return the document at `path` if it is true of `output`."""
     try:
         document = json.loads(read_small(path, _LIMIT))
         described = document["output"]
@@ -76,10 +81,29 @@ def _bare(name: Any) -> bool:
     return type(name) is str and "/" not in name and "\0" not in name and name not in (".", "..")
 
 
-def save(output: str, document: Mapping[str, Any]) -> None:
-    """Write the provenance of `output` durably, in one rename."""
+def stage(output: str, document: Mapping[str, Any]) -> str:
+    """Write the provenance of an output that is about to be published; returns where."""
     text = json.dumps(document, indent=1, ensure_ascii=True) + "\n"
-    write_durably(path_for(output), text.encode("ascii"))
+    return durable.stage(path_for(output), text.encode("ascii"))
+
+
+def publish(staged: str, output: str) -> None:
+    """Give a staged document its name, unless another process has recovered it already."""
+    path = path_for(output)
+    with storage_errors(path, "cannot publish"), contextlib.suppress(FileNotFoundError):
+        os.replace(staged, path)
+
+
+def recover(output: str) -> None:
+    """Finish what a process left that was killed between publishing an output and its provenance.
+
+    The staged document gets its name if it tells the truth about the output.
+    """
+    staged = durable.beside(path_for(output), durable.TEMPORARY_SUFFIX)
+    if not os.path.isfile(staged) or os.path.islink(staged):
+        return
+    if _read(staged, output) is not None:
+        publish(staged, output)
 
 
 def digest_of(document: Any) -> str:

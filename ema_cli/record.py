@@ -29,20 +29,26 @@ def describe(plan: Plan, outcome: Outcome) -> dict[str, Any]:
         },
         "inputs": _inputs(plan, outcome),
         "averaged": [tensor.name for tensor in outcome.selection.averaged],
-        "copied": [
-            {"name": choice.tensor.name, "reason": choice.reason}
-            for choice in outcome.selection.copied
-        ],
+        "copied": [{"name": name, "reason": reason} for name, reason in copied(outcome)],
         "left_out": [{"name": name, "reason": reason} for name, reason in layout.left_out],
         "output": {
             "path": layout.path,
             "format": layout.format,
+            "step": outcome.last.step,
             "layout": "template" if layout.template else "fresh",
             "names": layout.names,
             "name": plan.request.wishes.name,
             "files": [{"name": file.name, "size": file.nbytes} for file in layout.files],
         },
     }
+
+
+def copied(outcome: Outcome) -> list[tuple[str, str]]:
+    """Return the tensors an output copies from its last checkpoint, each with the reason."""
+    left_out = {name for name, _ in outcome.layout.left_out}
+    rows = [(choice.tensor.name, choice.reason) for choice in outcome.selection.copied]
+    rows += [(t.name, "optimizer state") for t in outcome.selection.optimizer]
+    return [row for row in rows if row[0] not in left_out]
 
 
 def _inputs(plan: Plan, outcome: Outcome) -> list[dict[str, Any]]:

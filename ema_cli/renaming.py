@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ema_cli import machine, naming, provenance, ranges
+from ema_cli.durable import free_bytes
 from ema_cli.errors import Disagreement
-from ema_cli.files import free_bytes
 from ema_cli.formats import read
 from ema_cli.layout import COPY, Entry, Layout, Wishes, lay_out_entries
 from ema_cli.naming import Role, role_of, shadow_of, variable_of
 from ema_cli.plan import BASE_BYTES, Costs, Plan, Request
 from ema_cli.ranges import Destination
 from ema_cli.runs import Run
-from ema_cli.selection import select
 from ema_cli.tensors import Checkpoint, Tensor
 from ema_cli.text import command, shorten
 
@@ -107,14 +106,13 @@ def _towards_variable(
 
 
 def _towards_shadow(checkpoint: Checkpoint, wishes: Wishes) -> list[Entry]:
-    """What would be averaged gets its shadow's name; statistics keep their own beside it."""
-    averaged = select(checkpoint.index, (), "average", wishes.name).averaged
-    names = {tensor.name for tensor in averaged}
+    """What a run would average gets its shadow's name; statistics keep their own beside it."""
     entries = []
     for tensor in checkpoint.index.tensors:
-        if tensor.name in names:
+        role = role_of(tensor.name, wishes.name)
+        if tensor.dtype.averaged and role in (Role.VARIABLE, Role.STATISTICS):
             entries.append(_kept(tensor)._replace(name=shadow_of(tensor.name, wishes.name)))
-            if role_of(tensor.name, wishes.name) is not Role.STATISTICS:
+            if role is Role.VARIABLE:
                 continue
         entries.append(_kept(tensor))
     return entries
@@ -156,6 +154,7 @@ def describe(layout: Layout, checkpoint: Checkpoint, renamed: Renamed) -> dict[s
         "output": {
             "path": layout.path,
             "format": layout.format,
+            "step": checkpoint.step,
             "files": [{"name": file.name, "size": file.nbytes} for file in layout.files],
         },
     }

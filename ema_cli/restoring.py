@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ema_cli import formats
-from ema_cli.errors import InputError
+from ema_cli.errors import InputError, UsageError
 from ema_cli.files import read_small
 from ema_cli.naming import (
     Restored,
@@ -63,6 +63,10 @@ def restored(
         check_rules(rules, variables)
         rows = restore_map(saved.by_name, _averaged(variables, rules, name), name)
         rows = [_fitting(row, variables.get(row.variable), saved) for row in rows]
+    elif rules:
+        raise UsageError(
+            "--include and --exclude choose among variables, but --for lists restore names"
+        )
     else:
         asked = _list(program) if isinstance(program, str) else list(program)
         rows = [_literal(wanted, saved, name) for wanted in asked]
@@ -137,7 +141,11 @@ def _literal(wanted: str, saved: Index, name: str) -> Restored:
         return Restored(wanted, variable or wanted, "plain" if variable is None else "shadow")
     other = variable if variable is not None else f"{wanted}/{name}"
     if other in saved.by_name:
-        return Restored(wanted, variable or wanted, "missing", f"'{shorten(other)}' is saved")
+        note = f"'{shorten(other)}' is saved"
+        return Restored(wanted, variable or wanted, "missing", note, other)
+    if f"{wanted}_1" in saved.by_name:
+        note = f"'{shorten(wanted)}_1' is saved"
+        return Restored(wanted, variable or wanted, "missing", note, f"{wanted}_1")
     close = near_misses(wanted, saved.by_name)
     note = f"did you mean '{shorten(close[0])}'" if close else ""
     return Restored(wanted, variable or wanted, "missing", note)

@@ -49,6 +49,7 @@ class RunResult:
         plan: what was carried out.
         outputs: one per average, in order.
         warnings: those of the plan.
+        read: bytes of tensor data read.
         seconds: wall clock time, planning included.
         notes: what could not be promised, e.g. reserved space.
     """
@@ -56,6 +57,7 @@ class RunResult:
     plan: Plan
     outputs: tuple[Written, ...]
     warnings: tuple[PlanWarning, ...]
+    read: int
     seconds: float
     notes: tuple[str, ...] = ()
 
@@ -86,15 +88,19 @@ def run_plan(
     if strict:
         refuse_warnings(found, plan.run)
     documents = [_document(plan, outcome) for outcome in plan.outcomes]
+    for outcome in plan.outcomes:
+        provenance.recover(outcome.layout.path)
     same = [
         not overwrite and (provenance.load(outcome.layout.path) or {}).get("plan") == digest
         for outcome, (_, digest) in zip(plan.outcomes, documents, strict=True)
     ]
     notes: list[str] = []
+    read = 0 if all(same) else plan.costs.read
     if any(same) and not all(same):
         averages = [o.average for o, done in zip(plan.outcomes, same, strict=True) if not done]
         rest = planning.make(dataclasses.replace(plan.request, averages=tuple(averages)))
         documents = [_document(rest, outcome) for outcome in rest.outcomes]
+        read = rest.costs.read
         notes = _write(rest, documents, overwrite, executor, on_event)
     elif not all(same):
         notes = _write(plan, documents, overwrite, executor, on_event)
@@ -102,7 +108,8 @@ def run_plan(
         Written(o.layout.path, "unchanged" if done else "written", o.layout.nbytes)
         for o, done in zip(plan.outcomes, same, strict=True)
     )
-    return RunResult(plan, outputs, found, time.monotonic() - started, tuple(notes))
+    seconds = time.monotonic() - started
+    return RunResult(plan, outputs, found, read, seconds, tuple(notes))
 
 
 def _document(plan: Plan, outcome: Outcome) -> Document:
@@ -168,8 +175,7 @@ def produce(
         files.check_all_unchanged(plan.inputs)
         for one, checksums, (document, digest) in zip(made, sums, documents, strict=True):
             sealed = record.sealed(document, digest, one.fingerprint(), checksums)
-            provenance.save(one.destination, sealed)
-            one.publish()
+            one.publish(sealed)
         return [note for one in made for note in one.notes]
 
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ema_cli import formats, provenance
+from ema_cli.durable import temporaries_of
 from ema_cli.errors import Disagreement, InputError, NothingToAverage, UsageError
-from ema_cli.files import temporaries_of
 from ema_cli.formats import Known, foreign, sharded
-from ema_cli.steps import compile_step_from, step_from_name, stored_step
+from ema_cli.steps import Step, compile_step_from, step_from_name, stored_step
 from ema_cli.tensors import Checkpoint
 from ema_cli.text import command, plural, shorten
 
@@ -224,7 +224,7 @@ def _foreign(path: str) -> PassedOver:
 def _with_step(checkpoint: Checkpoint, choice: Choice) -> Checkpoint:
     """Return the checkpoint with its step: the stored one wins, a name that differs is noted."""
     told = _told_step(checkpoint, compile_step_from(choice.step_from))
-    stored = stored_step(checkpoint)
+    stored = stored_step(checkpoint) or _recorded_step(checkpoint)
     if stored is None or (choice.step_from is not None and told is not None):
         return dataclasses.replace(checkpoint, step=told)
     notes = checkpoint.notes
@@ -232,6 +232,13 @@ def _with_step(checkpoint: Checkpoint, choice: Choice) -> Checkpoint:
         where = shorten(checkpoint.path, 1000)
         notes += (f"{where}: its {stored.source} says step {stored.value}, its name says {told}",)
     return dataclasses.replace(checkpoint, step=stored.value, notes=notes)
+
+
+def _recorded_step(checkpoint: Checkpoint) -> Step | None:
+    """Return the step an output of ours was made at; its name may hold any number."""
+    origin = provenance.load(checkpoint.path)
+    step = origin["output"].get("step") if origin else None
+    return Step(step, "provenance") if type(step) is int else None
 
 
 def _told_step(checkpoint: Checkpoint, expression: re.Pattern[str] | None) -> int | None:

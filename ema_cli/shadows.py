@@ -14,7 +14,7 @@ from types import TracebackType
 
 import numpy as np
 
-from ema_cli import files
+from ema_cli import durable
 from ema_cli.errors import OutputExists, storage_errors
 from ema_cli.formats import safetensors
 from ema_cli.kernel import Array
@@ -71,7 +71,9 @@ class ShadowStore:
         tensor = current.index.by_name[name]
         dtype = numpy_dtype(tensor.dtype.name)
         if tensor.extent.nbytes == 0:
-            return np.empty(tensor.shape, dtype)
+            empty = np.empty(tensor.shape, dtype)
+            empty.setflags(write=False)
+            return empty
         return np.memmap(
             current.files[0].path, dtype, "r", offset=tensor.extent.offset, shape=tensor.shape
         )
@@ -93,13 +95,13 @@ class SlotWriter:
     def __enter__(self) -> SlotWriter:
         if not self._same_layout():
             # A mapping of the old file must keep its bytes: another layout is another file.
-            files.remove(self._path)
+            durable.remove(self._path)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         with storage_errors(self._path, "cannot create"):
             self._fd = os.open(self._path, flags, 0o600)
         try:
-            files.reserve(self._fd, self._size, self._path)
-            files.write_exact(self._fd, self._head, 0, self._path)
+            durable.reserve(self._fd, self._size, self._path)
+            durable.write_exact(self._fd, self._head, 0, self._path)
         except BaseException:
             os.close(self._fd)
             raise
@@ -125,4 +127,4 @@ class SlotWriter:
     def put(self, name: str, start: int, block: Array) -> None:
         """Write the elements of `block` from element `start` of tensor `name` on."""
         offset = self._places[name].offset + start * block.itemsize
-        files.write_exact(self._fd, block.view(np.uint8).data, offset, self._path)
+        durable.write_exact(self._fd, block.view(np.uint8).data, offset, self._path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -56,7 +57,8 @@ class Out:
     def document(self, kind: str, **fields: Any) -> None:
         """Write one JSON line, if JSON was asked for."""
         if self.as_json:
-            text = json.dumps({"type": kind, "schema": SCHEMA, **fields}, default=str)
+            document = _finite({"type": kind, "schema": SCHEMA, **fields})
+            text = json.dumps(document, allow_nan=False, default=str)
             self._stdout.write(text + "\n")
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:
@@ -164,6 +166,15 @@ class _Progress:
         if self._visible:
             self._stream.write("\r\x1b[K")
             self._visible = False
+
+
+def _finite(value: Any) -> Any:
+    """Return JSON data with NaN and infinities, which JSON cannot say, as null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _shown(cell: Cell) -> str:

@@ -32,7 +32,7 @@ ROWS: list[set[str]] = [
     {"formats.sharded"},
     {"formats.safetensors", "formats.foreign"},
     {"formats.scanning"},
-    {"specs", "files", "kernel"},
+    {"specs", "files", "durable", "kernel"},
     {"schedules", "naming"},
     {"tensors", "machine"},
     {"errors"},

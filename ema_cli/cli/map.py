@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,6 +15,7 @@ from ema_cli.text import command, plural, shorten
 from ema_cli.views import Out
 
 if TYPE_CHECKING:
+    from ema_cli.naming import Restored
     from ema_cli.restoring import RestoreMap
 
 
@@ -87,15 +90,37 @@ def _tell(out: Out, found: RestoreMap, checkpoint: str, name: str) -> None:
 
 
 def _hint(found: RestoreMap, checkpoint: str, name: str) -> str:
-    """Return the command that makes the restore work."""
-    if any(row.source == "mismatch" for row in found.rows):
+    """Return the command that makes the restore work, or what else would."""
+    missing = found.missing
+    if any(row.source == "mismatch" for row in missing):
         return "average checkpoints of the program that restores: shapes and dtypes must be equal"
-    wanted_shadows = all(row.restore_name != row.variable for row in found.missing)
+    lost = [row for row in missing if not row.saved_as]
+    if lost:
+        return _unsaved(lost, name)
     words = ["ema-avg", "rename", checkpoint, "-o", "OUT"]
-    words += ["--names", "shadow" if wanted_shadows else "variable"]
+    if all(row.saved_as == row.variable for row in missing):
+        words += ["--names", "shadow"]
+    elif all(row.restore_name == row.variable for row in missing):
+        words += ["--names", "variable"]
+    else:
+        for row in missing:
+            replacement = row.restore_name.replace("\\", r"\\")
+            words += ["--rule", f"^{re.escape(row.saved_as)}$", replacement]
+        return command(*words)
     if name != "ExponentialMovingAverage":
         words += ["--name", name]
     return command(*words)
+
+
+def _unsaved(lost: Sequence[Restored], name: str) -> str:
+    """Say what to do about names that are saved nowhere in the checkpoint."""
+    from ema_cli.naming import Role, role_of
+
+    if all(role_of(row.variable, name) is Role.OPTIMIZER for row in lost):
+        return "write the optimizer state too: ema-avg run RUN -o OUT --optimizer keep"
+    return (
+        f"average checkpoints that hold '{shorten(lost[0].variable)}'; no renaming brings it back"
+    )
 
 
 def python_code(found: RestoreMap) -> str:

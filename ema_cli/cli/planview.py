@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ema_cli.naming import Role, role_of
+from ema_cli.record import copied
 from ema_cli.text import command, percent, plural, shorten, size
 from ema_cli.views import Cell, Out
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from ema_cli.runs import Run
 
 
+# More entries passed over for one reason are counted; -v lists them.
+MANY = 5
 BATCH_NORM = (
     "batch-norm statistics are averaged too; with training data at hand, recompute them "
     "(torch.optim.swa_utils.update_bn)"
@@ -25,9 +28,17 @@ def passed_over(out: Out, run: Run) -> None:
     """Tell every entry that was not taken, and what was odd about those that were."""
     for note in run.notes:
         out.say(f"note: {note}")
+    repeated = Counter(entry.reason for entry in run.passed_over if not entry.unusable)
     for entry in run.passed_over:
         word = "unusable" if entry.unusable else "passed over"
-        out.say(f"{word}: {shorten(entry.path, 1000)}: {entry.reason}")
+        line = f"{word}: {shorten(entry.path, 1000)}: {entry.reason}"
+        if entry.unusable or repeated[entry.reason] <= MANY:
+            out.say(line)
+        else:
+            out.detail(line)
+    for reason, count in repeated.items():
+        if count > MANY and not out.verbose:
+            out.say(f"passed over: {count:,} entries: {reason}")
 
 
 def show(out: Out, plan: Plan) -> None:
@@ -98,21 +109,18 @@ def _tensors(out: Out, outcome: Outcome) -> None:
     selection = outcome.selection
     nbytes = sum(tensor.extent.nbytes for tensor in selection.averaged)
     out.line(f"  averaged: {plural(len(selection.averaged), 'tensor')}, {size(nbytes)}")
-    copied = Counter(choice.reason for choice in selection.copied)
+    copies = copied(outcome)
     left_out = dict(outcome.layout.left_out)
-    kept = [tensor for tensor in selection.optimizer if tensor.name not in left_out]
-    if kept:
-        copied["optimizer state"] += len(kept)
     if any(role_of(t.name, "") is Role.STATISTICS for t in selection.averaged):
         out.line(f"  {BATCH_NORM}")
-    _counted(out, "copied", copied)
+    _counted(out, "copied", Counter(reason for _, reason in copies))
     _counted(out, "left out", Counter(left_out.values()))
     optimizer = sum(tensor.extent.nbytes for tensor in selection.optimizer)
     if optimizer:
-        word = "kept" if kept else "left out"
+        word = "left out" if selection.optimizer[0].name in left_out else "kept"
         out.line(f"  optimizer state {word}: {size(optimizer)} (--optimizer keep or drop)")
-    for choice in selection.copied:
-        out.detail(f"copied: {shorten(choice.tensor.name)}: {choice.reason}")
+    for name, reason in copies:
+        out.detail(f"copied: {shorten(name)}: {reason}")
     for name, reason in left_out.items():
         out.detail(f"left out: {shorten(name)}: {reason}")
 

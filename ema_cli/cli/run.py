@@ -82,9 +82,8 @@ def _tell(out: Out, result: RunResult) -> None:
         if written.status == "written":
             planview.summary(out, plan, outcome)
         out.line(f"{written.status}  {size(written.nbytes)}  {printable(written.path)}")
-    read = plan.costs.read if any(w.status == "written" for w in result.outputs) else 0
     out.say(
-        f"read {size(read)} of {plural(len(plan.run.checkpoints), 'checkpoint')} "
+        f"read {size(result.read)} of {plural(len(plan.run.checkpoints), 'checkpoint')} "
         f"in {result.seconds:.1f} s"
     )
     if any(entry.unusable for entry in plan.run.passed_over):
@@ -93,7 +92,7 @@ def _tell(out: Out, result: RunResult) -> None:
         "result",
         command="run",
         outputs=[{"path": w.path, "status": w.status, "bytes": w.nbytes} for w in result.outputs],
-        read_bytes=read,
+        read_bytes=result.read,
         seconds=result.seconds,
         unusable=[entry.path for entry in result.unusable],
     )

@@ -1,0 +1,205 @@
+"""Outputs on disk: created locked, reserved, written, made durable, replaced in one rename."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import functools
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
+
+from ema_cli.errors import Locked, storage_errors
+from ema_cli.text import shorten, size
+
+# Beside a destination NAME our unfinished file is ".NAME" + this.
+TEMPORARY_SUFFIX = ".ema-avg.tmp"
+_SYNC_FILE_RANGE_WRITE = 2
+# While a folder is replaced, the old one waits beside it under ".NAME" + this.
+ASIDE_SUFFIX = ".ema-avg.old"
+
+
+def beside(path: str, suffix: str) -> str:
+    """Return the hidden working name for `path` in the same directory."""
+    head, tail = os.path.split(path.rstrip("/"))
+    return os.path.join(head, f".{tail}{suffix}")
+
+
+def create_locked(path: str) -> int:
+    """Return a descriptor of the empty file `path`, opened O_NOFOLLOW and locked for writing.
+
+    What a killed process left there, file or folder, is taken over; what a living process holds
+    raises `Locked`.
+    """
+    with storage_errors(path, "cannot create"):
+        while True:
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            except IsADirectoryError:
+                os.close(create_locked_directory(path))
+                os.rmdir(path)
+                continue
+            if not _lock(fd, path):
+                continue
+            try:
+                os.ftruncate(fd, 0)
+            except OSError:
+                os.close(fd)
+                os.unlink(path)
+                raise
+            return fd
+
+
+def _lock(fd: int, path: str) -> bool:
+    """Lock `fd`; False (and closed) when `path` was meanwhile renamed away or replaced."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise Locked(
+            f"{shorten(path, 1000)}: another process is writing this output",
+            "wait for it, or write to another name with -o",
+        ) from None
+    except OSError as error:  # no locks on this file system: go on without
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            os.close(fd)
+            raise
+    with contextlib.suppress(FileNotFoundError):
+        named = os.stat(path, follow_symlinks=False)
+        if named.st_ino == os.fstat(fd).st_ino:
+            return True
+    os.close(fd)
+    return False
+
+
+def create_locked_directory(path: str) -> int:
+    """Return a locked descriptor of the empty directory `path`, taken over as `create_locked`."""
+    with storage_errors(path, "cannot create"):
+        while True:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path)
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            except NotADirectoryError:
+                os.close(create_locked(path))  # refuses a link, and what a process still writes
+                os.unlink(path)
+                continue
+            if _lock(fd, path):
+                for entry in os.listdir(fd):
+                    os.unlink(entry, dir_fd=fd)
+                return fd
+
+
+def reserve(fd: int, n_bytes: int, path: str) -> bool:
+    """Give the file its size and its blocks now, so that a full disk is found before any work.
+
+    fallocate(2) is called directly: posix_fallocate writes zeros where it is unsupported. There
+    the free space is checked instead and False returned: nothing is promised.
+    """
+    if n_bytes == 0:
+        return True
+    with storage_errors(path, f"cannot reserve {size(n_bytes)}"):
+        if sys.platform == "linux" and _fallocate(fd, n_bytes):
+            return True
+        free = free_bytes(os.path.dirname(path) or ".")
+        if free < n_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.ftruncate(fd, n_bytes)
+        return False
+
+
+@functools.cache
+def _system_call(name: str, *arguments: type) -> Callable[..., int]:
+    """Return a function of the C library that Python has no name for."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), name)
+    call.argtypes = arguments
+    return cast(Callable[..., int], call)
+
+
+def _fallocate(fd: int, n_bytes: int) -> bool:
+    number, offset = ctypes.c_int, ctypes.c_int64
+    call = _system_call("fallocate", number, number, offset, offset)
+    while call(fd, 0, 0, n_bytes) != 0:
+        code = ctypes.get_errno()
+        if code in (errno.EOPNOTSUPP, errno.ENOSYS):
+            return False
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+    return True
+
+
+def free_bytes(directory: str) -> int:
+    """Return what an ordinary user can still write to the file system of `directory`."""
+    status = os.statvfs(directory)
+    return status.f_bavail * status.f_frsize
+
+
+def write_exact(fd: int, data: memoryview | bytes, offset: int, path: str) -> None:
+    """Write all of `data` at `offset`; raises `StorageError`."""
+    view = memoryview(data)
+    done = 0
+    with storage_errors(path, "cannot write"):
+        while done < len(view):
+            done += os.pwrite(fd, view[done:], offset + done)
+
+
+def start_writing(fd: int, offset: int, n_bytes: int) -> None:
+    """Let the kernel begin to write these bytes to disk, so that `sync` has less to wait for.
+
+    Only a matter of speed: where sync_file_range(2) is missing or refuses, nothing happens.
+    """
+    if sys.platform == "linux":
+        number, where = ctypes.c_int, ctypes.c_int64
+        call = _system_call("sync_file_range", number, where, where, ctypes.c_uint)
+        call(fd, offset, n_bytes, _SYNC_FILE_RANGE_WRITE)
+
+
+def sync(fd: int, path: str) -> None:
+    """Make the bytes of `fd` durable; a failure is never retried, the pages may be lost."""
+    with storage_errors(path, "cannot make durable"):
+        os.fsync(fd)
+
+
+def sync_directory(path: str) -> None:
+    """Make the names in directory `path` durable."""
+    with storage_errors(path, "cannot make durable"):
+        fd = os.open(path or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def stage(path: str, data: bytes) -> str:
+    """Write the small file that will replace `path`, durably; returns its temporary name."""
+    temporary = beside(path, TEMPORARY_SUFFIX)
+    fd = create_locked(temporary)
+    try:
+        write_exact(fd, data, 0, temporary)
+        sync(fd, temporary)
+    except BaseException:
+        remove(temporary)
+        raise
+    finally:
+        os.close(fd)
+    return temporary
+
+
+def remove(path: str) -> None:
+    """Remove a file or a folder of ours if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        else:
+            os.unlink(path)
+
+
+def temporaries_of(names: Sequence[str]) -> Iterator[str]:
+    """Yield those of `names` that an interrupted run of ours may have left."""
+    for name in names:
+        if name.startswith(".") and name.endswith((TEMPORARY_SUFFIX, ASIDE_SUFFIX)):
+            yield name
