@@ -13,14 +13,16 @@ from ema_cli import plan as planning
 from ema_cli.comparison import Difference, compare
 from ema_cli.errors import InputError, UsageError
 from ema_cli.formats import read
-from ema_cli.layout import Wishes
+from ema_cli.kernel import SHADOW_DTYPES
+from ema_cli.layout import NAMES, OPTIMIZER, Wishes
 from ema_cli.naming import SHADOW_NAME, Rule
 from ema_cli.output import check_destination
 from ema_cli.plan import Plan, Request
 from ema_cli.restoring import RestoreMap, restored
 from ema_cli.running import OnEvent, RunResult, produce, run_plan
-from ema_cli.runs import Choice, Run, find, find_one, is_run
-from ema_cli.tensors import Checkpoint
+from ema_cli.runs import ORDERS, Choice, Run, find, find_one, is_run
+from ema_cli.selection import STATISTICS
+from ema_cli.tensors import AVERAGED_DTYPES, Checkpoint
 from ema_cli.text import shorten
 
 Select = Sequence[tuple[str, str]]
@@ -61,6 +63,18 @@ def plan_run(
     Raises the errors of `average_run` that can be known before tensor data moves.
     """
     del strict  # about warnings, which `average_run` and the command line look at
+    _check_choices(
+        num_updates=num_updates,
+        init=init,
+        order=order,
+        statistics=statistics,
+        shadow_dtype=shadow_dtype,
+        non_finite=non_finite,
+        names=names,
+        dtype=dtype,
+        optimizer=optimizer,
+    )
+    _check_workers(workers)
     averages = specs.parse_averages(
         average,
         None if decay is None else str(decay),
@@ -280,6 +294,9 @@ def rename(
 
     Raises `Disagreement` when two tensors would get one name or nothing would be renamed.
     """
+    if names not in (None, *renaming.TOWARDS):
+        raise UsageError(f"names: expected shadow or variable, found '{shorten(names)}'")
+    _check_workers(workers)
     request = Request(
         (os.fspath(checkpoint),),
         os.fspath(output),
@@ -292,6 +309,31 @@ def rename(
     document = renaming.describe(layout, plan.run.checkpoints[0], renamed)
     produce(plan, [layout], [(document, "")], executor, overwrite=overwrite)
     return renamed
+
+
+_CHOICES = {
+    "num_updates": (None, *specs.NUM_UPDATES),
+    "init": specs.INITS,
+    "order": ORDERS,
+    "statistics": STATISTICS,
+    "shadow_dtype": SHADOW_DTYPES,
+    "non_finite": ("error", "allow"),
+    "names": NAMES,
+    "dtype": (None, *AVERAGED_DTYPES),
+    "optimizer": OPTIMIZER,
+}
+
+
+def _check_choices(**given: str | None) -> None:
+    for option, value in given.items():
+        if value not in _CHOICES[option]:
+            words = ", ".join(str(choice) for choice in _CHOICES[option] if choice)
+            raise UsageError(f"{option}: expected one of {words}, found '{shorten(str(value))}'")
+
+
+def _check_workers(workers: int | None) -> None:
+    if workers is not None and workers < 1:
+        raise UsageError(f"workers: expected at least 1, found {workers}")
 
 
 def _paths(runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import ctypes
 import errno
 import fcntl
 import functools
+import hashlib
 import os
 import shutil
 import sys
@@ -19,6 +20,7 @@ from ema_cli.text import shorten, size
 # Beside a destination NAME our unfinished file is ".NAME" + this.
 TEMPORARY_SUFFIX = ".ema-avg.tmp"
 _SYNC_FILE_RANGE_WRITE = 2
+_LONGEST_NAME = 255
 # While a folder is replaced, the old one waits beside it under ".NAME" + this.
 ASIDE_SUFFIX = ".ema-avg.old"
 
@@ -26,6 +28,8 @@ ASIDE_SUFFIX = ".ema-avg.old"
 def beside(path: str, suffix: str) -> str:
     """Return the hidden working name for `path` in the same directory."""
     head, tail = os.path.split(path.rstrip("/"))
+    if len(os.fsencode(tail)) + len(suffix) >= _LONGEST_NAME:
+        tail = hashlib.sha256(os.fsencode(tail)).hexdigest()
     return os.path.join(head, f".{tail}{suffix}")
 
 

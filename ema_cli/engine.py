@@ -18,7 +18,7 @@ import numpy as np
 from ema_cli import kernel
 from ema_cli.durable import start_writing, write_exact
 from ema_cli.errors import storage_errors
-from ema_cli.files import Handles, handle_limit, read_exact
+from ema_cli.files import Handles, handle_limit, open_unchanged, read_exact
 from ema_cli.layout import BIASED, COPY
 from ema_cli.plan import BLOCK_ELEMENTS, TASK_ELEMENTS, Plan
 from ema_cli.ranges import Copy, Range, Target
@@ -59,7 +59,7 @@ class Task(NamedTuple):
         inputs: the input files, by `Source.file`.
         outputs: paths of the output files, by `Target.file`.
         pieces: what to do.
-        handles: how many input files may be open at a time.
+        handles: how many input files, and how many output files, may stay open.
         check: report the first non-finite value instead of writing it.
     """
 
@@ -217,22 +217,16 @@ def _copied_pieces(copy: Copy) -> Iterator[Piece]:
 def run_task(task: Task) -> Done:
     """Work on all pieces of a task; running it again writes the same bytes again."""
     read = written = 0
-    outputs: dict[int, int] = {}
-    try:
-        with Handles(task.inputs, task.handles) as handles:
-            for piece in task.pieces:
-                for accumulator in piece.accumulators:
-                    for target in accumulator.targets:
-                        if target.file not in outputs:
-                            outputs[target.file] = _open_output(task.outputs[target.file])
-                worker = _copy if piece.shadow == COPY else _average
-                result = worker(task, piece, handles, outputs)
-                read, written = read + result.read, written + result.written
-                if result.flaw is not None:
-                    return Done(read, written, result.flaw)
-    finally:
-        for fd in outputs.values():
-            os.close(fd)
+    with (
+        Handles(lambda k: open_unchanged(task.inputs[k]), task.handles) as inputs,
+        Handles(lambda k: _open_output(task.outputs[k]), task.handles) as outputs,
+    ):
+        for piece in task.pieces:
+            worker = _copy if piece.shadow == COPY else _average
+            result = worker(task, piece, inputs, outputs)
+            read, written = read + result.read, written + result.written
+            if result.flaw is not None:
+                return Done(read, written, result.flaw)
     return Done(read, written)
 
 
@@ -241,30 +235,30 @@ def _open_output(path: str) -> int:
         return os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
-def _copy(task: Task, piece: Piece, handles: Handles, outputs: dict[int, int]) -> Done:
+def _copy(task: Task, piece: Piece, inputs: Handles, outputs: Handles) -> Done:
     source = piece.sources[0]
     path = task.inputs[source.file].path
     buffer = memoryview(bytearray(min(COPY_BLOCK, piece.elements)))
     written = 0
     for start in range(0, piece.elements, COPY_BLOCK):
         view = buffer[: min(COPY_BLOCK, piece.elements - start)]
-        read_exact(handles.fd(source.file), view, source.offset + start, path)
+        read_exact(inputs.fd(source.file), view, source.offset + start, path)
         for target in piece.accumulators[0].targets:
             write_exact(
-                outputs[target.file], view, target.offset + start, task.outputs[target.file]
+                outputs.fd(target.file), view, target.offset + start, task.outputs[target.file]
             )
             written += len(view)
     return Done(piece.elements, written)
 
 
-def _average(task: Task, piece: Piece, handles: Handles, outputs: dict[int, int]) -> Done:
+def _average(task: Task, piece: Piece, inputs: Handles, outputs: Handles) -> Done:
     """Average one piece block by block."""
     block = min(BLOCK_ELEMENTS, piece.elements)
     buffers = _Buffers(piece, block)
     read = written = 0
     for start in range(0, piece.elements, block):
         count = min(block, piece.elements - start)
-        read += _mix(task, piece, handles, buffers, start, count)
+        read += _mix(task, piece, inputs, buffers, start, count)
         for ordinal, accumulator in enumerate(piece.accumulators):
             for target in accumulator.targets:
                 out = buffers.finished(ordinal, accumulator, target, count)
@@ -273,8 +267,9 @@ def _average(task: Task, piece: Piece, handles: Handles, outputs: dict[int, int]
                     return Done(read, written, Flaw(piece, ordinal, start + bad, target.dtype))
                 offset = target.offset + start * out.itemsize
                 path = task.outputs[target.file]
-                write_exact(outputs[target.file], out.view(np.uint8).data, offset, path)
-                start_writing(outputs[target.file], offset, out.nbytes)
+                fd = outputs.fd(target.file)
+                write_exact(fd, out.view(np.uint8).data, offset, path)
+                start_writing(fd, offset, out.nbytes)
                 written += out.nbytes
     return Done(read, written)
 
@@ -316,7 +311,7 @@ class _Buffers:
 
 
 def _mix(
-    task: Task, piece: Piece, handles: Handles, buffers: _Buffers, start: int, count: int
+    task: Task, piece: Piece, inputs: Handles, buffers: _Buffers, start: int, count: int
 ) -> int:
     """Pass the checkpoints through one block; returns the bytes read."""
     read = 0
@@ -334,7 +329,7 @@ def _mix(
         raw = shadow if copied and same else buffers.raw[source.dtype][:count]
         path = task.inputs[source.file].path
         offset = source.offset + start * raw.itemsize
-        read_exact(handles.fd(source.file), raw.view(np.uint8).data, offset, path)
+        read_exact(inputs.fd(source.file), raw.view(np.uint8).data, offset, path)
         read += raw.nbytes
         value = raw
         if not same:

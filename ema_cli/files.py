@@ -10,7 +10,7 @@ import errno
 import os
 import resource
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from ema_cli.errors import (
@@ -146,15 +146,30 @@ def read_small(path: str, limit: int) -> bytes:
         os.close(fd)
 
 
+def open_unchanged(expected: Stamp) -> int:
+    """Return a descriptor of an input file, checked to be the one that was planned with."""
+    fd = open_input(expected.path)
+    try:
+        check_unchanged(fd, expected)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
 class Handles:
-    """Open descriptors of a task's input files: the first `limit` stay open, others come and go.
+    """Open descriptors of a task's files: the first `limit` stay open, others come and go.
 
     A task walks its checkpoints in a cycle, the worst case of an LRU cache; keeping a fixed part
     open is the best a bounded cache can do there.
+
+    Args:
+        open_file: returns a new descriptor of the file with an ordinal.
+        limit: how many stay open.
     """
 
-    def __init__(self, files: Sequence[Stamp], limit: int) -> None:
-        self._files = files
+    def __init__(self, open_file: Callable[[int], int], limit: int) -> None:
+        self._open_file = open_file
         self._limit = max(limit, 1)
         self._open: dict[int, int] = {}
         self._transient: int | None = None
@@ -179,13 +194,7 @@ class Handles:
         if fd is not None:
             return fd
         self._drop_transient()
-        expected = self._files[ordinal]
-        fd = open_input(expected.path)
-        try:
-            check_unchanged(fd, expected)
-        except BaseException:
-            os.close(fd)
-            raise
+        fd = self._open_file(ordinal)
         if len(self._open) < self._limit:
             self._open[ordinal] = fd
         else:
@@ -199,8 +208,11 @@ class Handles:
 
 
 def handle_limit(workers: int) -> int:
-    """Return how many input files each of `workers` may keep open under RLIMIT_NOFILE."""
+    """Return how many files each of `workers` may keep open under RLIMIT_NOFILE.
+
+    Half of it for inputs and half for outputs, with some left for the rest of the process.
+    """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return 64
-    return max(1, min(64, (soft - 64) // max(workers, 1) - 4))
+    return max(1, min(64, (soft - 64) // (2 * max(workers, 1)) - 2))

@@ -30,8 +30,12 @@ def explain(plan: Plan, flaw: Flaw) -> NonFinite:
     where, tensor = _locate(plan, flaw.piece.sources[-1], flaw.element)
     return NonFinite(
         f"tensor '{tensor}': every input is finite, but the average is not in {flaw.dtype}",
-        "write a wider type with --dtype float32, or let it pass with --non-finite allow",
+        _wider(flaw.dtype) + "let it pass with --non-finite allow",
     )
+
+
+def _wider(dtype: str) -> str:
+    return "write a wider type with --dtype float32, or " if dtype == "float16" else ""
 
 
 def _value(plan: Plan, source: Source, element: int) -> kernel.Array:

@@ -5,9 +5,10 @@ An update is TensorFlow's, three operations each rounded to the shadow's dtype::
     shadow = shadow - (shadow - value) * c          c cast once to the shadow's dtype
 
 bit for bit what `tf.train.ExponentialMovingAverage` computes on a CPU (tensorflow/python/training/
-moving_averages.py, `assign_moving_average`), but for one thing: TensorFlow's kernels flush
+moving_averages.py, `assign_moving_average`), but for two things. TensorFlow's kernels flush
 subnormal float32, bfloat16 and float64 numbers to zero and NumPy does not, so results can differ
-where an operand or an intermediate is below 1.2e-38 (float64: 2.3e-308).
+where an operand or an intermediate is below 1.2e-38 (float64: 2.3e-308). And a coefficient that is
+1 in the shadow's dtype copies, one that is 0 leaves alone, where TensorFlow does arithmetic.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def widen(value: Array, out: Array) -> None:
     """Convert `value` to the wider or equal dtype of `out`; exact for every bit pattern."""
     if value.dtype == np.float16 and out.dtype == np.float32:
         np.take(_half_table(), value.view(np.uint16), out=out, mode="clip")
-    else:
+        return
+    with np.errstate(invalid="ignore"):  # a signalling NaN is no event
         np.copyto(out, value)
 
 
@@ -79,7 +81,7 @@ def narrow(shadow: Array, out: Array) -> None:
     """Convert `shadow` to the dtype of `out` with one rounding to nearest even."""
     if shadow.dtype == np.float64 and out.dtype.name == "bfloat16":
         shadow = _round_to_odd(shadow)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         np.copyto(out, shadow, casting="unsafe")
 
 

@@ -15,7 +15,7 @@ from ema_cli.layout import Layout, Wishes, lay_out
 from ema_cli.naming import Rule
 from ema_cli.ranges import Copy, Destination, Range
 from ema_cli.schedules import Average, Schedule, schedule
-from ema_cli.selection import Selection, check_agreement, select
+from ema_cli.selection import Selection, check_agreement, check_rules_of, select
 from ema_cli.tensors import Checkpoint, Index, Stamp, numpy_dtype
 from ema_cli.text import shorten
 
@@ -118,6 +118,7 @@ def make(request: Request) -> Plan:
     run = runs.find(request.paths, request.choice, known)
     schedules, ordinals = _schedules(request, run)
     used = _used(run, schedules)
+    check_rules_of(request.rules, (run.checkpoints[k].index for k in used))
     outcomes = _outcomes(request, run, schedules, ordinals, used)
     indexes, index_of = _distinct(run.checkpoints, used)
     destinations = _destinations(outcomes)

@@ -372,6 +372,7 @@ def _listed(
 ) -> list[float]:
     """Return the weight of each checkpoint; a key that matches none is an error."""
     weights = [0.0] * len(steps)
+    listed: dict[int, str] = {}
     for key, weight in table:
         matches = [k for k, name in enumerate(names) if key == name]
         if not matches:
@@ -382,7 +383,11 @@ def _listed(
                 f"weights: no checkpoint has the step or name '{shorten(key)}'; steps: {known}"
             )
         for k in matches:
-            weights[k] = weight
+            if k in listed:
+                raise Disagreement(
+                    f"weights: '{shorten(key)}' and '{shorten(listed[k])}' are one checkpoint"
+                )
+            weights[k], listed[k] = weight, key
     return weights
 
 

@@ -14,8 +14,12 @@ from ema_cli.text import near_misses, shorten
 
 STATISTICS = ("average", "copy")
 
-# Tensors that stand beside packed or 8 bit weights and scale them.
-_SCALES = re.compile(r"(?:^|[._/])(?:weight_scale(?:_inv)?|scales|qzeros|g_idx|absmax|quant_map)$")
+# Tensors that scale packed or 8 bit weights beside them: compressed-tensors and FP8 checkpoints,
+# GPTQ and AWQ, bitsandbytes.
+_SCALES = re.compile(
+    r"(.*?)(?:[._](?:weight_scale(?:_inv)?|scale|scales|qzeros|SCB)|\.(?:absmax|quant_map))",
+    re.DOTALL,
+)
 
 
 class Choice(NamedTuple):
@@ -55,9 +59,9 @@ def select(index: Index, rules: Sequence[Rule], statistics: str, name: str) -> S
     Raises `Disagreement` for a rule that asks for what cannot be averaged, `UnsupportedInput`
     for quantised models, `NothingToAverage` when no tensor is averaged.
     """
-    check_rules(rules, index.by_name.keys())
     _refuse_named(rules, index)
     choices = [_choose(tensor, rules, statistics, name) for tensor in index.tensors]
+    choices = _replace_shadows(choices, name)
     _refuse_quantized(choices, index)
 
     def taken(action: str) -> tuple[Tensor, ...]:
@@ -70,6 +74,26 @@ def select(index: Index, rules: Sequence[Rule], statistics: str, name: str) -> S
         )
     copied = tuple(choice for choice in choices if choice.action == COPIED)
     return Selection(taken(AVERAGED), copied, taken(OPTIMIZER), taken(REPLACED))
+
+
+def check_rules_of(rules: Sequence[Rule], indexes: Iterable[Index]) -> None:
+    """Raise `Disagreement` for a rule that matches no tensor of any of the checkpoints."""
+    if rules:
+        check_rules(rules, {name for index in indexes for name in index.by_name})
+
+
+def _replace_shadows(choices: list[Choice], name: str) -> list[Choice]:
+    """Our own shadows of averaged variables are replaced, whatever a wildcard says of them."""
+    averaged = {choice.tensor.name for choice in choices if choice.action == AVERAGED}
+    own = re.compile(rf"(.+)/{re.escape(name)}(?:/biased|/local_step)?", re.DOTALL)
+
+    def replaced(choice: Choice) -> Choice:
+        match = own.fullmatch(choice.tensor.name)
+        if match is None or match[1] not in averaged:
+            return choice
+        return Choice(choice.tensor, REPLACED, "replaced by this average")
+
+    return [replaced(choice) for choice in choices]
 
 
 def _choose(tensor: Tensor, rules: Sequence[Rule], statistics: str, name: str) -> Choice:
@@ -117,23 +141,31 @@ def _refuse_named(rules: Sequence[Rule], index: Index) -> None:
 
 
 def _refuse_quantized(choices: Iterable[Choice], index: Index) -> None:
+    for tensor in index.tensors:
+        match = _SCALES.fullmatch(tensor.name)
+        packed = match and _packed_beside(match[1], index)
+        if packed:
+            raise UnsupportedInput(
+                f"the model is quantised: '{shorten(tensor.name)}' scales '{shorten(packed.name)}' "
+                f"({packed.dtype}), and an average of quantised numbers is none",
+                "dequantise the checkpoints first, then average the result",
+            )
     refused = next((choice.tensor for choice in choices if choice.action == "refused"), None)
-    scale = next((t.name for t in index.tensors if _SCALES.search(t.name)), None)
-    packed = refused is not None or any(
-        t.name.endswith(("qweight", "weight_packed")) for t in index.tensors
-    )
-    if scale is not None and packed:
-        raise UnsupportedInput(
-            f"the model is quantised: '{shorten(scale)}' scales packed weights, and an average of "
-            "quantised numbers is none",
-            "dequantise the checkpoints first, then average the result",
-        )
     if refused is not None:
         raise UnsupportedInput(
             f"tensor '{shorten(refused.name)}': expected float16, bfloat16, float32 or float64, "
             f"found {refused.dtype}",
             f"copy it from the last checkpoint: --exclude '{shorten(refused.name)}'",
         )
+
+
+def _packed_beside(stem: str, index: Index) -> Tensor | None:
+    """Return the packed weight that a scale called `stem` + suffix belongs to, if there is one."""
+    for name in (stem, *(f"{stem}{word}" for word in (".weight", ".qweight", ".weight_packed"))):
+        tensor = index.by_name.get(name)
+        if tensor is not None and not tensor.dtype.averaged:
+            return tensor
+    return None
 
 
 def check_agreement(

@@ -91,9 +91,16 @@ def _parse(text: str, read_text: Callable[[str], str]) -> Average:
     label = ""
     if match := _LABEL.match(text):
         label, spec = match[1], text[match.end() :]
+    if label and not label.strip("."):
+        raise UsageError(f"'{shorten(text)}': a label of dots could lead out of a folder")
     bare, window = _split_window(spec)
     family = _family(bare, read_text)
-    return Average(label or re.sub(r"[^A-Za-z0-9.]", "-", spec), spec, family, window)
+    return Average(label or default_label(spec), spec, family, window)
+
+
+def default_label(spec: str) -> str:
+    """Return what an average is called that was given no label."""
+    return re.sub(r"[^A-Za-z0-9.]", "-", spec)
 
 
 def _split_window(spec: str) -> tuple[str, Window | None]:

@@ -9,10 +9,12 @@ from typing import NamedTuple
 import numpy as np
 
 from ema_cli import kernel
+from ema_cli.errors import EmaError
+from ema_cli.invocation import run_words
 from ema_cli.plan import Outcome, Plan, Request
 from ema_cli.schedules import Average, Ema, HalfLife, Power, one_minus_decay, schedule
 from ema_cli.tensors import DTYPES
-from ema_cli.text import command, percent, plural, size
+from ema_cli.text import command, percent, plural, shorten, size
 
 # With init=zeros or zero_debias and num_updates the weights miss 1 by far more than rounding.
 _SUM_TOLERANCE = 1e-3
@@ -37,10 +39,9 @@ def warnings(plan: Plan) -> list[PlanWarning]:
         found.extend(_frozen(plan, outcome))
         found.extend(_names(plan.request, outcome))
     if len(plan.run.checkpoints) == 1:
-        path = plan.run.checkpoints[0].path
-        found.insert(
-            0, PlanWarning("one-checkpoint", f"one checkpoint: the result is {path} itself")
-        )
+        path = shorten(plan.run.checkpoints[0].path, 1000)
+        message = f"one checkpoint: the result is {path} itself"
+        found.insert(0, PlanWarning("one-checkpoint", message))
     if plan.costs.write > plan.costs.free:
         needed, free = size(plan.costs.write), size(plan.costs.free)
         found.append(
@@ -88,50 +89,25 @@ def _first_hint(plan: Plan, average: Average, first: int) -> str:
     """Return the finished commands that were probably meant, with the share each would leave."""
     if not isinstance(average.family, Ema):
         return "a shorter half-life or a smaller width forgets the first checkpoint"
-    family = average.family
     options = []
-    if not family.per_step:
-        options.append(replace(average, family=Ema(family.decay, per_step=True)))
+    if not average.family.per_step:
+        options.append(replace(average, family=Ema(average.family.decay, per_step=True)))
     if average.num_updates == "none":
         options.append(replace(average, num_updates="count"))
     names = [checkpoint.name for checkpoint in plan.run.checkpoints]
     lines = []
     for meant in options:
-        share = schedule(meant, plan.run.steps, names).weights()[first]
-        line = command(*run_words(plan.request), *_average_words(meant))
+        try:
+            share = schedule(meant, plan.run.steps, names).weights()[first]
+        except EmaError:
+            continue  # these steps do not allow it
+        averages = tuple(
+            meant if other is average else replace(other, num_updates=meant.num_updates)
+            for other in plan.request.averages
+        )
+        line = command(*run_words(plan.request, averages))
         lines.append(f"{line}   (leaves {percent(share)} on the first)")
     return "\n".join(lines)
-
-
-def _average_words(average: Average) -> list[str]:
-    family = average.family
-    assert isinstance(family, Ema)  # noqa: S101  # the only family with options to offer
-    text = f"{family.decay:g}" + ("/step" if family.per_step else "")
-    _, at, window = average.spec.rpartition("@")
-    words = ["--average", f"ema:{text}@{window}"] if at else ["--decay", text]
-    if average.num_updates != "none":
-        words += ["--num-updates", average.num_updates]
-    return words
-
-
-def run_words(request: Request) -> list[str]:
-    """Return the words of the ``run`` command without the average: input, selection, output."""
-    words = ["ema-avg", "run", *request.paths]
-    choice = request.choice
-    if choice.glob is not None:
-        words += ["--glob", choice.glob]
-    if choice.steps is not None:
-        words += [
-            "--steps",
-            ":".join("" if n is None else str(n) for n in choice.steps).rstrip(":"),
-        ]
-    if choice.last is not None:
-        words += ["--last", str(choice.last)]
-    if choice.step_from is not None:
-        words += ["--step-from", choice.step_from]
-    for rule in request.rules:
-        words += ["--include" if rule.include else "--exclude", rule.pattern]
-    return [*words, "-o", request.output or "OUT"]
 
 
 def _ramp(plan: Plan, outcome: Outcome) -> Iterator[PlanWarning]:

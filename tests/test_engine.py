@@ -29,16 +29,19 @@ HALVES = ("float16", "bfloat16")
 
 
 def averaged(values: Sequence[Array], coefficients: Sequence[float], policy: str) -> Array:
-    """One tensor's shadow over whole arrays: zeros, then copy, skip or three rounded operations."""
+    """One tensor's shadow over whole arrays: zeros, then copy, skip or three rounded operations.
+
+    Each coefficient is rounded to the shadow's dtype first: one that becomes 1 there copies.
+    """
     name = values[0].dtype.name
     dtype = np.dtype(np.float32) if policy == "auto" and name in HALVES else values[0].dtype
     shadow = np.zeros(values[0].shape, dtype)
     for value, c in zip(values, coefficients, strict=True):
-        wide = value.astype(dtype)
-        if c == 1:
+        wide, cast = value.astype(dtype), dtype.type(c)
+        if cast == 1:
             shadow = wide
-        elif c:
-            shadow = np.asarray(shadow - np.asarray(shadow - wide) * dtype.type(c))
+        elif cast:
+            shadow = np.asarray(shadow - np.asarray(shadow - wide) * cast)
     return shadow
 
 

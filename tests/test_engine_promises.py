@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from helpers import (
     BF16,
     bits_equal,
@@ -117,6 +118,28 @@ def test_twenty_thousand_small_tensors(tmp_path: Path) -> None:
         suffix = SHADOW if names == "shadow" else ""
         together = np.concatenate([found[f"t{k:05}{suffix}"] for k in range(count)])
         assert bits_equal(together, np.arange(2 * count, dtype=np.float32) * 2)
+
+
+@pytest.mark.parametrize(("code", "dtype"), [("I64", "int64"), ("F64", "float64")])
+def test_neighbours_by_offset_in_different_files(tmp_path: Path, code: str, dtype: str) -> None:
+    """Tensors that only seem adjacent, in two shards, are read from their own files."""
+    for step in (1, 2):
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        weights = {"a": (200, 10 * step), "b": (208, 20 * step), "w": (200, 30 * step)}
+        for name, (length, value) in weights.items():
+            kind = "F64" if name == "w" else code
+            header = {name: {"dtype": kind, "shape": [1], "data_offsets": [0, 8]}}
+            data = np.array([value], "float64" if name == "w" else dtype).tobytes()
+            padded = json.dumps(header).encode().ljust(length)
+            (folder / f"{name}.safetensors").write_bytes(raw_safetensors(padded, data))
+        index = {"weight_map": {name: f"{name}.safetensors" for name in weights}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    output = tmp_path / "o.safetensors"
+    ema_cli.average_run(tmp_path / "run", output, average=["mean"], names="variable")
+    found = {name: float(array[0]) for name, array in read_checkpoint(output).items()}
+    averaged = {"a": 15, "b": 30} if code == "F64" else {"a": 20, "b": 40}
+    assert found == {**averaged, "w": 45}
 
 
 # ---------------------------------------------------------------------------- copies

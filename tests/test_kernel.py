@@ -161,6 +161,16 @@ def test_one_does_not_cancel() -> None:
     assert shadow[0] == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "c"), [("float16", 0.9998), ("bfloat16", 0.999), ("float32", 1 - 1e-9)]
+)
+def test_what_rounds_to_one_copies(name: str, c: float) -> None:
+    """A coefficient that the shadow's dtype cannot tell from 1 copies without arithmetic."""
+    shadow, value = np.array([1e4], dtype_of(name)), np.array([1.0], dtype_of(name))
+    kernel.update(shadow, value, kernel.cast_coefficient(c, name), np.empty_like(value))
+    assert shadow[0] == 1
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_scratch_may_be_the_value(name: str) -> None:
     """Without a buffer of its own an update gives the same bits; with one it keeps the value."""

@@ -22,6 +22,7 @@ ROWS: list[set[str]] = [
     {"flaws"},
     {"engine", "comparison", "restoring", "renaming"},
     {"record", "warnings", "reading"},
+    {"invocation"},
     {"plan", "output", "shadows"},
     {"ranges"},
     {"layout"},

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -32,6 +33,25 @@ _SECTIONS = {
 
 class Terminated(BaseException):
     """SIGTERM arrived: unwind as for Ctrl-C, so that nothing half-written stays."""
+
+
+class Stopped(EmaError):
+    """A signal ended the command; `args` are what happened and the exit code."""
+
+    @property
+    def message(self) -> str:
+        """What happened, and that it did no harm."""
+        return f"{self.args[0]}; nothing half-written was published"
+
+    @property
+    def hint(self) -> str:
+        """Nothing helps, nothing has to."""
+        return ""
+
+    @property
+    def exit_code(self) -> int:  # type: ignore[override]  # of this signal
+        """128 + the signal's number."""
+        return int(self.args[1])
 
 
 class _Group(click.Group):
@@ -100,35 +120,50 @@ def _sigterm() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code; no exception but a debugged one leaves.
+    """Run the command line and return its exit code; no exception leaves.
 
-    With ``EMA_AVG_DEBUG=1`` unexpected exceptions keep their tracebacks.
+    With ``EMA_AVG_DEBUG=1`` errors show their tracebacks first.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an ASCII terminal is no reason to fail
+    if "_EMA_AVG_COMPLETE" in os.environ:
+        cli.main(arguments, prog_name="ema-avg", standalone_mode=False)
+    meta: dict[str, Any] = {"as_json": "--json" in arguments}
     try:
         with _sigterm():
-            code = cli.main(arguments, prog_name="ema-avg", standalone_mode=False)
-            sys.stdout.flush()
-            return int(code or 0)
-    except Terminated:
-        sys.stderr.write("ema-avg: terminated; nothing half-written was published\n")
-        return 143
-    except (KeyboardInterrupt, click.Abort):
-        sys.stderr.write("ema-avg: interrupted; nothing half-written was published\n")
-        return 130
-    except BrokenPipeError:
-        # Whoever read stdout has gone; keep the interpreter from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return _run(arguments, meta)
+    except BaseException as error:
+        return _ended(error, as_json=meta["as_json"])
+
+
+def _run(arguments: list[str], meta: dict[str, Any]) -> int:
+    with cli.make_context("ema-avg", arguments) as ctx:
+        try:
+            code = cli.invoke(ctx)
+        finally:
+            meta.update(ctx.meta)
+        sys.stdout.flush()
+        return int(code or 0)
+
+
+def _ended(error: BaseException, *, as_json: bool) -> int:
+    """Tell the user what ended the command; returns the exit code."""
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code
+    if isinstance(error, BrokenPipeError):
+        _silence_stdout()
         return 0
-    except click.exceptions.Exit as done:
-        return done.exit_code
-    except Exception as error:
-        if options.debugging():
-            raise
-        return _report(_as_ema_error(error), as_json="--json" in arguments)
+    if isinstance(error, Terminated):
+        return _report(Stopped("terminated", 143), as_json=as_json)
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        return _report(Stopped("interrupted", 130), as_json=as_json)
+    if not isinstance(error, Exception):
+        raise error
+    if options.debugging():
+        traceback.print_exception(error)
+    return _report(_as_ema_error(error), as_json=as_json)
 
 
 def _as_ema_error(error: Exception) -> EmaError:
@@ -153,8 +188,18 @@ def _as_ema_error(error: Exception) -> EmaError:
 def _report(error: EmaError, *, as_json: bool) -> int:
     from ema_cli.views import Out
 
-    Out(as_json=as_json).error(error)
+    try:
+        out = Out(as_json=as_json)
+        out.error(error)
+        out.flush()
+    except BrokenPipeError:
+        _silence_stdout()
     return error.exit_code
+
+
+def _silence_stdout() -> None:
+    """Whoever read stdout has gone: keep the interpreter from complaining at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def entry() -> NoReturn:

@@ -16,19 +16,28 @@ from ema_cli.views import Out
     cls=Command,
     short_help="Compare two checkpoints tensor by tensor.",
     example="ema-avg diff average.safetensors checkpoint-1000.safetensors --rtol 1e-6",
-    codes=(0, 2, 12, 13),
+    codes=(13,),
 )
 @click.argument("a", metavar="A", type=click.Path())
 @click.argument("b", metavar="B", type=click.Path())
-@click.option("--atol", cls=options.Option, group="Input", type=float, default=0.0)
-@click.option("--rtol", cls=options.Option, group="Input", type=float, default=0.0)
+@click.option(
+    "--atol", cls=options.Option, group="Input", type=float, default=0.0, help="Absolute tolerance."
+)
+@click.option(
+    "--rtol",
+    cls=options.Option,
+    group="Input",
+    type=float,
+    default=0.0,
+    help="Tolerance relative to B.",
+)
 @options.common_options
 def diff(
     a: str,
     b: str,
     atol: float,
     rtol: float,
-    as_json: bool,
+    json: bool,
     quiet: bool,
     verbose: bool,
     no_color: bool,
@@ -39,7 +48,7 @@ def diff(
     """
     from ema_cli import api
 
-    out = Out(as_json=as_json, quiet=quiet, verbose=verbose, color=not no_color)
+    out = Out(as_json=json, quiet=quiet, verbose=verbose, color=not no_color)
     found = api.diff(a, b, atol=atol, rtol=rtol)
     if found:
         out.table(

@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     cls=Command,
     short_help="Show what a checkpoint or a run holds.",
     example="ema-avg inspect train_dir/checkpoint-1000",
-    codes=(0, 2, 3, 10, 12, 13),
+    codes=(3, 10, 13),
 )
 @click.argument("path", metavar="PATH", type=click.Path())
 @options.name_option
 @options.common_options
-def inspect(path: str, name: str, as_json: bool, quiet: bool, verbose: bool, no_color: bool) -> int:
+def inspect(path: str, name: str, json: bool, quiet: bool, verbose: bool, no_color: bool) -> int:
     """Show the tensors of a checkpoint, or the checkpoints of a run; reads headers only."""
     from ema_cli import api, running
     from ema_cli.runs import Run
 
-    out = Out(as_json=as_json, quiet=quiet, verbose=verbose, color=not no_color)
+    out = Out(as_json=json, quiet=quiet, verbose=verbose, color=not no_color)
     found = api.inspect(path)
     code = 0
     if isinstance(found, Run):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     cls=Command,
     short_help="Show which saved tensor each variable is restored from.",
     example="ema-avg map average.safetensors",
-    codes=(0, 2, 12, 13),
+    codes=(13,),
 )
 @click.argument("checkpoint", metavar="CKPT", type=click.Path())
 @click.option(
@@ -53,7 +53,7 @@ def map_command(ctx: click.Context, /, checkpoint: str, **given: Any) -> int:
     from ema_cli.restoring import names_in
 
     out = Out(
-        as_json=given["as_json"],
+        as_json=given["json"],
         quiet=given["quiet"],
         verbose=given["verbose"],
         color=not given["no_color"],

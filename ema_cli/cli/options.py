@@ -17,6 +17,10 @@ GROUPS = ("Input", "Average", "TensorFlow compatibility", "Output", "Resources",
 AVERAGED = ("float16", "bfloat16", "float32", "float64")
 
 
+# Exit codes every command can end with.
+_ALWAYS = (0, 1, 2, 12, 15, 130, 143)
+
+
 class Option(click.Option):
     """An option that knows under which heading of the help it stands."""
 
@@ -35,14 +39,23 @@ class Command(click.Command):
     def __init__(self, *args: Any, example: str = "", codes: Sequence[int] = (), **kw: Any) -> None:
         super().__init__(*args, **kw)
         self.example = example
-        self.codes = codes
+        self.codes = sorted({*_ALWAYS, *codes})
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse as click does, noting the order of the selecting options before."""
-        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        try:
+            _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        except click.UsageError as error:
+            error.ctx = error.ctx or ctx
+            raise
         names = [parameter.name for parameter in order]
         ctx.meta["select"] = [name for name in names if name in ("include", "exclude")]
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Carry out the command, having noted whether it answers in JSON."""
+        ctx.meta["as_json"] = bool(ctx.params.get("json"))
+        return super().invoke(ctx)
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the example before the description."""
@@ -98,27 +111,41 @@ def _configure(ctx: click.Context, _: click.Parameter, path: str | None) -> None
         return
     import tomllib
 
+    where = f"--config {shorten(path)}"
     try:
         with open(path, "rb") as file:
             document = tomllib.load(file)
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"--config {shorten(path)}: {error}") from None
-    table = document.get(ctx.info_name or "", {})
-    known = {parameter.name for parameter in ctx.command.params} - {"config"}
-    names = {str(name).replace("-", "_"): value for name, value in table.items()}
-    for name in names:
-        if name not in known:
-            close = near_misses(name, [k for k in known if k])
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{where}: {error}") from None
+    commands = ctx.find_root().command.commands  # type: ignore[attr-defined]  # it is a group
+    for name, table in document.items():
+        if name not in commands or not isinstance(table, dict):
             raise UsageError(
-                f"--config {shorten(path)}: [{ctx.info_name}] has no option '{shorten(name)}'",
+                f"{where}: expected a table [{'], ['.join(commands)}], found '{shorten(name)}'"
+            )
+    known = {
+        word.removeprefix("--"): parameter
+        for parameter in ctx.command.params
+        for word in parameter.opts
+        if word.startswith("--") and word != "--config"
+    }
+    defaults: dict[str, Any] = {}
+    for name, value in document.get(ctx.info_name or "", {}).items():
+        if name not in known:
+            close = near_misses(name, known)
+            raise UsageError(
+                f"{where}: [{ctx.info_name}] has no option '{shorten(name)}'",
                 f"did you mean {close[0]}" if close else "",
             )
-    ctx.default_map = {**(ctx.default_map or {}), **names}
+        parameter = known[name]
+        single = getattr(parameter, "multiple", False) and not isinstance(value, list)
+        defaults[parameter.name or name] = [value] if single else value
+    ctx.default_map = {**(ctx.default_map or {}), **defaults}
 
 
 common_options = _apply(
     [
-        _option("Common", "--json", "as_json", is_flag=True, help="JSON on stdout."),
+        _option("Common", "--json", is_flag=True, help="JSON on stdout."),
         _option("Common", "-q", "--quiet", is_flag=True, help="Errors only on stderr."),
         _option("Common", "-v", "--verbose", is_flag=True, help="Say more on stderr."),
         _option("Common", "--no-color", is_flag=True, help="No styles; NO_COLOR does the same."),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     cls=Command,
     short_help="Show what a run would do, with the weight of every checkpoint.",
     example="ema-avg plan train_dir --decay 0.999/step",
-    codes=(0, 2, 3, 10, 12, 13),
+    codes=(3, 10, 13),
 )
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path())
 @options.input_options
@@ -44,7 +44,7 @@ def plan(ctx: click.Context, /, **given: Any) -> int:
 def split(ctx: click.Context, given: dict[str, Any]) -> tuple[Out, dict[str, Any]]:
     """Return the way to the user and the arguments of `ema_cli.plan_run`."""
     out = Out(
-        as_json=given.pop("as_json"),
+        as_json=given.pop("json"),
         quiet=given.pop("quiet"),
         verbose=given.pop("verbose"),
         color=not given.pop("no_color"),

@@ -150,12 +150,19 @@ def summary(out: Out, plan: Plan, outcome: Outcome) -> None:
         f"{percent(weights[first])} (step {plan.run.steps[first]:,}) to "
         f"{percent(weights[last])} (step {plan.run.steps[last]:,})"
     )
+    for k in used:
+        path = shorten(plan.run.checkpoints[k].path, 1000)
+        out.detail(f"  used: {path} (step {plan.run.steps[k]:,}): {percent(weights[k])}")
     selection = outcome.selection
     entries = {entry.source for entry in outcome.layout.entries if entry.part == "copy"}
     out.say(
         f"  {plural(len(selection.averaged), 'tensor')} averaged, {len(entries):,} copied, "
         f"{len(outcome.layout.left_out):,} left out"
     )
+    for name, reason in copied(outcome):
+        out.detail(f"  copied: {shorten(name)}: {reason}")
+    for name, reason in outcome.layout.left_out:
+        out.detail(f"  left out: {shorten(name)}: {reason}")
     if any(role_of(t.name, "") is Role.STATISTICS for t in selection.averaged):
         out.say(f"  {BATCH_NORM}")
     out.say(f"  load it: {loading(outcome)}")

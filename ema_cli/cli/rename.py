@@ -16,7 +16,7 @@ from ema_cli.views import Out
     cls=Command,
     short_help="Copy a checkpoint under other tensor names.",
     example="ema-avg rename average.safetensors -o model.safetensors --names variable",
-    codes=(0, 2, 11, 12, 13, 14, 15, 130, 143),
+    codes=(11, 13, 14),
 )
 @click.argument("checkpoint", metavar="IN", type=click.Path())
 @click.option(
@@ -46,7 +46,7 @@ def rename(checkpoint: str, output: str, **given: Any) -> int:
     from ema_cli import api
 
     out = Out(
-        as_json=given.pop("as_json"),
+        as_json=given.pop("json"),
         quiet=given.pop("quiet"),
         verbose=given.pop("verbose"),
         color=not given.pop("no_color"),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     cls=Command,
     short_help="Average the checkpoints of a run and write the result.",
     example="ema-avg run train_dir -o average.safetensors --decay 0.999/step",
-    codes=(0, 2, 3, 10, 11, 12, 13, 14, 15, 17, 130, 143),
+    codes=(3, 10, 11, 13, 14, 17),
 )
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path())
 @options.input_options

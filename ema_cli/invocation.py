@@ -1,0 +1,85 @@
+"""A request as the command line that would make it: for hints that can be run as they stand."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from ema_cli.layout import Wishes
+from ema_cli.plan import Request
+from ema_cli.runs import Choice
+from ema_cli.schedules import Average, Ema
+from ema_cli.specs import default_label
+
+
+def run_words(request: Request, averages: tuple[Average, ...]) -> list[str]:
+    """Return the words of ``ema-avg run`` for `request`, but with these averages."""
+    words = ["ema-avg", "run", *request.paths]
+    words += _choice(request.choice)
+    words += _averages(averages)
+    for rule in request.rules:
+        words += ["--include" if rule.include else "--exclude", rule.pattern]
+    plain = Request((), None, ())
+    for option in ("statistics", "shadow_dtype", "non_finite"):
+        words += _option(option, getattr(request, option), getattr(plain, option))
+    return [*words, *_wishes(request.wishes), "-o", request.output or "OUT"]
+
+
+def _option(name: str, value: object, default: object) -> list[str]:
+    return [] if value == default else [f"--{name.replace('_', '-')}", str(value)]
+
+
+def _choice(choice: Choice) -> list[str]:
+    words: list[str] = []
+    if choice.steps is not None:
+        start, stop, stride = ("" if n is None else str(n) for n in choice.steps)
+        words += ["--steps", f"{start}:{stop}" + (f":{stride}" if stride else "")]
+    for option in ("glob", "last", "step_from", "order"):
+        words += _option(option, getattr(choice, option), getattr(Choice(), option))
+    return words
+
+
+def _averages(averages: tuple[Average, ...]) -> list[str]:
+    specs = [spec_of(average) for average in averages]
+    labels = [average.label for average in averages]
+    only = averages[0]
+    renamed = labels[0] != default_label(only.spec)
+    if len(specs) == 1 and isinstance(only.family, Ema) and not only.window and not renamed:
+        words = ["--decay", specs[0].removeprefix("ema:")]
+    else:
+        words = []
+        for average, spec in zip(averages, specs, strict=True):
+            named = average.label != default_label(average.spec)
+            words += ["--average", f"{average.label}={spec}" if named else spec]
+    exponential = next((average for average in averages if average.exponential), None)
+    if exponential is not None:
+        plain = Average("", "", Ema(0))
+        words += _option("num_updates", exponential.num_updates, plain.num_updates)
+        if exponential.zero_debias:
+            words.append("--zero-debias")
+        else:
+            words += _option("init", exponential.init, plain.init)
+    return words
+
+
+def spec_of(average: Average) -> str:
+    """Return the SPEC of an average, of an `Ema` as its family is now."""
+    if not isinstance(average.family, Ema):
+        return average.spec
+    window = re.search(r"@[^@]*$", average.spec)
+    unit = "/step" if average.family.per_step else ""
+    return f"ema:{average.family.decay!r}{unit}{window[0] if window else ''}"
+
+
+def _wishes(wishes: Wishes) -> list[str]:
+    words: list[str] = []
+    for field in dataclasses.fields(Wishes):
+        value = getattr(wishes, field.name)
+        if field.name == "rules":
+            for pattern, replacement in value:
+                words += ["--rule", pattern, replacement]
+        elif field.name == "keep_variables":
+            words += ["--keep-variables"] if value else []
+        else:
+            words += _option(field.name, value, getattr(Wishes(), field.name))
+    return words
