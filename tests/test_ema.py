@@ -40,8 +40,10 @@ def coefficient(decay: float, n: float | None = None) -> np.float32:
 
 
 def mixed(shadow: Array, value: Array, omd: np.float32) -> Array:
-    """One update: three operations, each rounded to the variable's dtype; 1 means copy."""
+    """One update: three operations, each rounded to the dtype; 1 means copy, 0 leave alone."""
     c = omd.astype(value.dtype)
+    if c == 0:
+        return shadow
     gap = np.asarray(shadow - value)
     return value if c == 1 else np.asarray(shadow - np.asarray(gap * c))
 
