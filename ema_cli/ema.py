@@ -9,22 +9,19 @@ import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import numpy as np
 
-from ema_cli import formats, kernel
+from ema_cli import kernel
 from ema_cli.errors import Disagreement, UsageError
-from ema_cli.naming import SHADOW_NAME, STEP_NAMES, Role, role_of, shadow_of, unique_name
-from ema_cli.reading import ArrayReader, TensorReader, dtype_name
+from ema_cli.naming import SHADOW_NAME, Role, lowered, role_of, shadow_of, unique_name
+from ema_cli.reading import ArrayReader, Source, TensorReader, Values
 from ema_cli.schedules import debias_factor, local_step, one_minus_decay
 from ema_cli.shadows import ShadowStore, SlotWriter, Spec
-from ema_cli.steps import step_from_name, stored_step
-from ema_cli.tensors import DTYPES, Checkpoint, DType, describe, numpy_dtype
+from ema_cli.tensors import Checkpoint, DType, describe, numpy_dtype
 from ema_cli.text import near_misses, shorten
 
 NumUpdates = int | str | Callable[[], int] | None
-Source = str | os.PathLike[str] | Mapping[str, Any]
 
 _BLOCK_ELEMENTS = 1 << 18
 # What TensorFlow allows in the name of a scope.
@@ -108,7 +105,7 @@ class ExponentialMovingAverage:
             Disagreement: a name is missing, or its shape or dtype is not that of its shadow.
             InputError: the checkpoint cannot be read.
         """
-        values = _Values(checkpoint)
+        values = Values(checkpoint)
         names = self._averaged(values, var_list)
         first = self._store.generation < 0
         updates = self._updates + (0 if first and not self._zero_debias else 1)
@@ -133,7 +130,7 @@ class ExponentialMovingAverage:
         self._updates, self._local_steps, self._specs = updates, local_steps, specs
         self._shadow_names, self._known = shadow_names, known
 
-    def _averaged(self, values: _Values, var_list: Sequence[str] | None) -> dict[str, None]:
+    def _averaged(self, values: Values, var_list: Sequence[str] | None) -> dict[str, None]:
         """Return the names to average, in order and once each, after TensorFlow's checks."""
         for name, (dtype, shape) in self._specs.items():
             if name in values.specs and values.specs[name] != (dtype, shape):
@@ -148,6 +145,8 @@ class ExponentialMovingAverage:
                 for name, (dtype, _) in values.specs.items()
                 if dtype.averaged and role_of(name, self._name) is Role.VARIABLE
             }
+        if isinstance(var_list, str):
+            raise TypeError("var_list: expected a list of names, found a str")
         for name in var_list:
             if name not in values.specs:
                 close = near_misses(name, values.specs)
@@ -164,7 +163,7 @@ class ExponentialMovingAverage:
         _check_decay(decay)
         return float(decay)
 
-    def _coefficient(self, values: _Values, updates: int) -> float:
+    def _coefficient(self, values: Values, updates: int) -> float:
         """Return 1 - decay for this apply; see `ema_cli.schedules.one_minus_decay`."""
         decay = self._current_decay()
         n: float | None
@@ -181,14 +180,15 @@ class ExponentialMovingAverage:
     def _named(self, names: Mapping[str, None], known: Mapping[str, DType]) -> dict[str, str]:
         """Return the shadows' names with those of new variables, made unique."""
         named = dict(self._shadow_names)
+        taken = lowered([*known, *named.values()])
         for name in names:
             if name not in named:
-                taken = {*known, *named.values()}
                 named[name] = unique_name(shadow_of(name, self._name), taken)
+                taken.add(named[name].lower())
         return named
 
     def _slot_specs(
-        self, specs: Mapping[str, tuple[DType, tuple[int, ...]]], values: _Values
+        self, specs: Mapping[str, tuple[DType, tuple[int, ...]]], values: Values
     ) -> list[Spec]:
         slot: list[Spec] = []
         for variable, (dtype, shape) in specs.items():
@@ -210,7 +210,7 @@ class ExponentialMovingAverage:
         self,
         writer: SlotWriter,
         old: Checkpoint | None,
-        values: _Values,
+        values: Values,
         name: str,
         coefficient: float,
         updates: int,
@@ -263,10 +263,7 @@ class ExponentialMovingAverage:
         After `apply` the name it has; before, ``<name>/<self.name>`` made unique among the
         tensors known so far.
         """
-        if name in self._shadow_names:
-            return self._shadow_names[name]
-        taken = {*self._known, *self._shadow_names.values()}
-        return unique_name(shadow_of(name, self._name), taken)
+        return self._named({name: None}, self._known)[name]
 
     def variables_to_restore(
         self, moving_avg_variables: Sequence[str] | None = None
@@ -287,9 +284,11 @@ class ExponentialMovingAverage:
                 if dtype.averaged and role_of(name, self._name) is Role.VARIABLE
             ]
             moving_avg_variables = [*trainable, *self._specs]
-        asked = {self.average_name(name): name for name in dict.fromkeys(moving_avg_variables)}
+        averaged = dict.fromkeys(moving_avg_variables)
+        named = {**self._named(averaged, self._known), **self._shadow_names}
+        asked = {named[name]: name for name in averaged}
         for name in self._known:
-            if name not in asked.values():
+            if name not in averaged:
                 asked.setdefault(name, name)
         return asked
 
@@ -312,50 +311,3 @@ def _transfer(writer: SlotWriter, name: str, reader: TensorReader | ArrayReader)
         for start in range(0, reader.elements, _BLOCK_ELEMENTS):
             count = min(_BLOCK_ELEMENTS, reader.elements - start)
             writer.put(name, start, reader.block(start, count))
-
-
-class _Values:
-    """The tensors of one checkpoint, wherever they are.
-
-    Attributes:
-        where: for messages.
-        specs: dtype and shape of each tensor, in order.
-    """
-
-    def __init__(self, source: Source) -> None:
-        self._checkpoint: Checkpoint | None = None
-        self._arrays: dict[str, kernel.Array] = {}
-        if isinstance(source, Mapping):
-            self.where = "the mapping"
-            self._arrays = {name: np.asarray(value) for name, value in source.items()}
-            self.specs = {name: _spec(name, array) for name, array in self._arrays.items()}
-        else:
-            self._checkpoint = formats.read(os.fspath(source), {})
-            self.where = shorten(self._checkpoint.path, 1000)
-            tensors = self._checkpoint.index.tensors
-            self.specs = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
-
-    def open(self, name: str) -> TensorReader | ArrayReader:
-        """Return a reader of one tensor."""
-        if self._checkpoint is None:
-            return ArrayReader(self._arrays[name])
-        return TensorReader(self._checkpoint, self._checkpoint.index.by_name[name])
-
-    def step(self) -> int:
-        """Return the training step: stored, or told by the name. Raises `Disagreement`."""
-        if self._checkpoint is not None:
-            stored = stored_step(self._checkpoint)
-            step = stored.value if stored else step_from_name(self._checkpoint.name)
-            if step is not None:
-                return step
-        for name in STEP_NAMES:
-            if name in self._arrays and self._arrays[name].size == 1:
-                return int(self._arrays[name].reshape(-1)[0])
-        raise Disagreement(f"{self.where}: no step: expected a scalar called global_step")
-
-
-def _spec(name: str, array: kernel.Array) -> tuple[DType, tuple[int, ...]]:
-    dtype = dtype_name(array)
-    if dtype is None:
-        raise TypeError(f"'{shorten(name)}': no checkpoint can hold dtype {array.dtype}")
-    return DTYPES[dtype], array.shape

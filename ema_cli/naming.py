@@ -73,15 +73,19 @@ def role_of(tensor: str, name: str) -> Role:
     return Role.STATISTICS if last in _STATISTICS else Role.VARIABLE
 
 
-def unique_name(name: str, taken: Collection[str]) -> str:
-    """Return `name`, or `name_1`, `name_2` …: the first not in `taken`.
+def lowered(names: Iterable[str]) -> set[str]:
+    """Return `names` in lower case, as `unique_name` compares them."""
+    return {name.lower() for name in names}
 
-    As TensorFlow's graphs do, names that differ only in case count as equal.
+
+def unique_name(name: str, taken: Collection[str]) -> str:
+    """Return `name`, or `name_1`, `name_2` …: the first whose lower case is not in `taken`.
+
+    As in TensorFlow's graphs, names that differ only in case count as equal.
     """
-    lowered = {other.lower() for other in taken}
     candidate = name
     number = 0
-    while candidate.lower() in lowered:
+    while candidate.lower() in taken:
         number += 1
         candidate = f"{name}_{number}"
     return candidate

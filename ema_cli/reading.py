@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
+from ema_cli import formats
+from ema_cli.errors import Disagreement
 from ema_cli.files import check_unchanged, open_input, read_exact
 from ema_cli.kernel import Array
-from ema_cli.tensors import DTYPES, Checkpoint, Tensor, numpy_dtype
+from ema_cli.naming import STEP_NAMES
+from ema_cli.steps import step_from_name, stored_step
+from ema_cli.tensors import DTYPES, Checkpoint, DType, Tensor, numpy_dtype
+from ema_cli.text import shorten
+
+Source = str | os.PathLike[str] | Mapping[str, Any]
 
 
 class TensorReader:
@@ -68,7 +77,48 @@ class ArrayReader:
         return block
 
 
-def dtype_name(array: Array) -> str | None:
-    """Return the name in `DTYPES` of an array's dtype, or None when no checkpoint can hold it."""
-    name = array.dtype.name
-    return name if name in DTYPES and array.dtype.isnative else None
+class Values:
+    """The tensors of one checkpoint, wherever they are.
+
+    Attributes:
+        where: for messages.
+        specs: dtype and shape of each tensor, in order.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._checkpoint: Checkpoint | None = None
+        self._arrays: dict[str, Array] = {}
+        if isinstance(source, Mapping):
+            self.where = "the mapping"
+            self._arrays = {name: np.asarray(value) for name, value in source.items()}
+            self.specs = {name: _spec(name, array) for name, array in self._arrays.items()}
+        else:
+            self._checkpoint = formats.read(os.fspath(source), {})
+            self.where = shorten(self._checkpoint.path, 1000)
+            tensors = self._checkpoint.index.tensors
+            self.specs = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
+
+    def open(self, name: str) -> TensorReader | ArrayReader:
+        """Return a reader of one tensor."""
+        if self._checkpoint is None:
+            return ArrayReader(self._arrays[name])
+        return TensorReader(self._checkpoint, self._checkpoint.index.by_name[name])
+
+    def step(self) -> int:
+        """Return the training step: stored, or told by the name. Raises `Disagreement`."""
+        if self._checkpoint is not None:
+            stored = stored_step(self._checkpoint)
+            step = stored.value if stored else step_from_name(self._checkpoint.name)
+            if step is not None:
+                return step
+        for name in STEP_NAMES:
+            if name in self._arrays and self._arrays[name].size == 1:
+                return int(self._arrays[name].reshape(-1)[0])
+        raise Disagreement(f"{self.where}: no step: expected a scalar called global_step")
+
+
+def _spec(name: str, array: Array) -> tuple[DType, tuple[int, ...]]:
+    dtype = array.dtype.name
+    if dtype not in DTYPES or not array.dtype.isnative:
+        raise TypeError(f"'{shorten(name)}': no checkpoint can hold dtype {array.dtype}")
+    return DTYPES[dtype], array.shape

@@ -40,6 +40,7 @@ class ShadowStore:
     def __init__(self, directory: str) -> None:
         self.directory = directory
         self.generation = -1
+        self._current: Checkpoint | None = None
         with storage_errors(directory, "cannot create"):
             os.makedirs(directory, exist_ok=True)
         for name in SLOTS:
@@ -52,9 +53,14 @@ class ShadowStore:
     @property
     def current(self) -> Checkpoint | None:
         """The slot that counts, or None before the first generation."""
-        if self.generation < 0:
-            return None
-        return safetensors.read(self._path(self.generation), {})
+        if self._current is None and self.generation >= 0:
+            self._current = safetensors.read(self._path(self.generation), {})
+        return self._current
+
+    def advance(self) -> None:
+        """Make the generation count that was just written."""
+        self.generation += 1
+        self._current = None
 
     def _path(self, generation: int) -> str:
         return os.path.join(self.directory, SLOTS[generation % 2])
@@ -122,7 +128,7 @@ class SlotWriter:
     ) -> None:
         os.close(self._fd)
         if kind is None:
-            self._store.generation += 1
+            self._store.advance()
 
     def put(self, name: str, start: int, block: Array) -> None:
         """Write the elements of `block` from element `start` of tensor `name` on."""

@@ -98,7 +98,7 @@ def test_shadow_and_variable_are_inverse(variable: str, name: str) -> None:
 )
 def test_unique_name(name: str, taken: list[str], expected: str) -> None:
     """The first of name, name_1, name_2 … that no other has, whatever its case."""
-    assert naming.unique_name(name, taken) == expected
+    assert naming.unique_name(name, naming.lowered(taken)) == expected
 
 
 # ---------------------------------------------------------------------------- globs
