@@ -68,7 +68,8 @@ class Score:
 
 def environment() -> dict[str, str]:
     """Return the environment without settings of the tool that would change what it does."""
-    return {k: v for k, v in os.environ.items() if not k.startswith("EMA_AVG_")}
+    dropped = ("EMA_AVG_", "PYTHONDONTWRITEBYTECODE")  # compiled modules, as after an install
+    return {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
 
 
 def warm(data_sets: Iterable[DataSet], data: Path) -> None:

@@ -221,6 +221,7 @@ class ExponentialMovingAverage:
         c = dtype.type(coefficient)
         factor = debias_factor(coefficient, updates, dtype) if self._zero_debias else 1.0
         with ExitStack() as stack:
+            stack.enter_context(kernel.quiet())
             value = values.open(name)
             stack.enter_context(value)
             before: TensorReader | None = None

@@ -253,43 +253,60 @@ def _copy(task: Task, piece: Piece, inputs: Handles, outputs: Handles) -> Done:
 
 def _average(task: Task, piece: Piece, inputs: Handles, outputs: Handles) -> Done:
     """Average one piece block by block."""
-    block = min(BLOCK_ELEMENTS, piece.elements)
+    block = max(1, min(BLOCK_ELEMENTS // min(len(piece.accumulators), 2), piece.elements))
     buffers = _Buffers(piece, block)
     read = written = 0
-    for start in range(0, piece.elements, block):
-        count = min(block, piece.elements - start)
-        read += _mix(task, piece, inputs, buffers, start, count)
-        for ordinal, accumulator in enumerate(piece.accumulators):
-            for target in accumulator.targets:
-                out = buffers.finished(ordinal, accumulator, target, count)
-                bad = kernel.first_non_finite(out) if task.check else None
-                if bad is not None:
-                    return Done(read, written, Flaw(piece, ordinal, start + bad, target.dtype))
-                offset = target.offset + start * out.itemsize
-                path = task.outputs[target.file]
-                fd = outputs.fd(target.file)
-                write_exact(fd, out.view(np.uint8).data, offset, path)
-                start_writing(fd, offset, out.nbytes)
-                written += out.nbytes
+    with kernel.quiet():
+        for start in range(0, piece.elements, block):
+            count = min(block, piece.elements - start)
+            read += _mix(task, buffers, inputs, start, count)
+            for ordinal, accumulator in enumerate(piece.accumulators):
+                for target in accumulator.targets:
+                    out = buffers.finished(ordinal, accumulator, target, count)
+                    bad = kernel.first_non_finite(out) if task.check else None
+                    if bad is not None:
+                        return Done(read, written, Flaw(piece, ordinal, start + bad, target.dtype))
+                    offset = target.offset + start * out.itemsize
+                    fd = outputs.fd(target.file)
+                    write_exact(fd, out.view(np.uint8).data, offset, task.outputs[target.file])
+                    start_writing(fd, offset, out.nbytes)
+                    written += out.nbytes
     return Done(read, written)
 
 
 class _Buffers:
-    """The arrays a worker reuses for all blocks of a piece."""
+    """The arrays a worker reuses for all blocks of a piece, and what it does with each source.
+
+    Attributes:
+        shadows: the accumulators.
+        steps: for each source that counts, its dtype's read buffer (as an array and as bytes) and
+            the (accumulator, coefficient) pairs it is mixed in with.
+    """
 
     def __init__(self, piece: Piece, block: int) -> None:
         shadow = numpy_dtype(piece.shadow)
-        self.raw = {
+        raw = {
             dtype: np.empty(block, numpy_dtype(dtype))
             for dtype in {source.dtype for source in piece.sources}
         }
         self.value = np.empty(block, shadow)
         self.scratch = np.empty(block, shadow)
         self.shadows = [np.empty(block, shadow) for _ in piece.accumulators]
-        self.coefficients = [
-            [kernel.cast_coefficient(c, piece.shadow) for c in accumulator.coefficients]
-            for accumulator in piece.accumulators
-        ]
+        self.steps: list[tuple[Source, kernel.Array, list[tuple[int, Any]]]] = []
+        for k, source in enumerate(piece.sources):
+            coefficients = [
+                (ordinal, kernel.cast_coefficient(accumulator.coefficients[k], piece.shadow))
+                for ordinal, accumulator in enumerate(piece.accumulators)
+            ]
+            counting = [(ordinal, c) for ordinal, c in coefficients if c != 0]
+            if counting:
+                self.steps.append((source, raw[source.dtype], counting))
+        copied_first = {
+            ordinal
+            for ordinal, accumulator in enumerate(piece.accumulators)
+            if next((c for c in accumulator.coefficients if c), 0) == 1
+        }
+        self.from_zero = [k for k in range(len(self.shadows)) if k not in copied_first]
         self._out: dict[str, Any] = {}
 
     def finished(
@@ -310,34 +327,30 @@ class _Buffers:
         return out
 
 
-def _mix(
-    task: Task, piece: Piece, inputs: Handles, buffers: _Buffers, start: int, count: int
-) -> int:
-    """Pass the checkpoints through one block; returns the bytes read."""
+def _mix(task: Task, buffers: _Buffers, inputs: Handles, start: int, count: int) -> int:
+    """Pass the checkpoints through one block; returns the bytes read.
+
+    Between any two of these calls another thread may hold the interpreter: few calls on large
+    blocks are what makes several threads pay.
+    """
     read = 0
-    alone = len(piece.accumulators) == 1
-    for shadow, coefficients in zip(buffers.shadows, buffers.coefficients, strict=True):
-        if next((c for c in coefficients if c), 0) != 1:
-            shadow[:count] = 0
-    for k, source in enumerate(piece.sources):
-        if not any(coefficients[k] for coefficients in buffers.coefficients):
-            continue
+    shadows = [shadow[:count] for shadow in buffers.shadows]
+    value, scratch = buffers.value[:count], buffers.scratch[:count]
+    alone = len(shadows) == 1
+    for ordinal in buffers.from_zero:
+        shadows[ordinal].fill(0)
+    for source, buffer, counting in buffers.steps:
         # A single average that is copied is read, or widened, straight into its accumulator.
-        copied = alone and buffers.coefficients[0][k] == 1
-        shadow = buffers.shadows[0][:count]
-        same = source.dtype == piece.shadow
-        raw = shadow if copied and same else buffers.raw[source.dtype][:count]
-        path = task.inputs[source.file].path
+        into = shadows[0] if alone and counting[0][1] == 1 else value
+        raw = into if buffer.dtype == value.dtype else buffer[:count]
         offset = source.offset + start * raw.itemsize
+        path = task.inputs[source.file].path
         read_exact(inputs.fd(source.file), raw.view(np.uint8).data, offset, path)
         read += raw.nbytes
-        value = raw
-        if not same:
-            value = shadow if copied else buffers.value[:count]
-            kernel.widen(raw, value)
-        if copied:
+        if raw is not into:
+            kernel.widen(raw, into)
+        if into is not value:
             continue
-        scratch = value if alone else buffers.scratch[:count]
-        for shadow, coefficients in zip(buffers.shadows, buffers.coefficients, strict=True):
-            kernel.update(shadow[:count], value, coefficients[k], scratch)
+        for ordinal, c in counting:
+            kernel.update(shadows[ordinal], value, c, value if alone else scratch)
     return read

@@ -103,18 +103,20 @@ def _changed(path: str) -> InputChanged:
 def read_exact(fd: int, buffer: memoryview, offset: int, path: str) -> None:
     """Fill `buffer` with the bytes of `fd` at `offset`; a short read raises `InputChanged`."""
     done = 0
-    while done < len(buffer):
+    while True:
         try:
             got = _preadv(fd, buffer[done:], offset + done)
         except OSError as error:
             reason = os.strerror(error.errno or 0)
             raise StorageError(f"{shorten(path, 1000)}: cannot read: {reason}") from error
-        if got == 0:
+        if got == 0 and done < len(buffer):
             raise InputChanged(
                 f"{shorten(path, 1000)}: truncated while it was read: expected "
                 f"{len(buffer):,} bytes at offset {offset:,}, found {done:,}"
             )
         done += got
+        if done == len(buffer):
+            return
 
 
 def _preadv(fd: int, buffer: memoryview, offset: int) -> int:

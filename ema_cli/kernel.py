@@ -26,6 +26,14 @@ Array = npt.NDArray[Any]
 SHADOW_DTYPES = ("auto", "same")
 
 
+def quiet() -> np.errstate:
+    """Return the context to call these functions in: infinities and NaNs are no events here.
+
+    Entered once around many calls, since it costs as much as a small one of them.
+    """
+    return np.errstate(all="ignore")
+
+
 def shadow_dtype(variable: str, policy: str) -> str:
     """Return the dtype of the shadow of a variable of dtype `variable`.
 
@@ -56,10 +64,9 @@ def update(shadow: Array, value: Array, c: Any, scratch: Array) -> None:
     if c == 1:
         np.copyto(shadow, value)
         return
-    with np.errstate(invalid="ignore", over="ignore"):  # infinities follow IEEE 754, silently
-        np.subtract(shadow, value, out=scratch)
-        np.multiply(scratch, c, out=scratch)
-        np.subtract(shadow, scratch, out=shadow)
+    np.subtract(shadow, value, out=scratch)
+    np.multiply(scratch, c, out=scratch)
+    np.subtract(shadow, scratch, out=shadow)
 
 
 @functools.cache
@@ -73,16 +80,14 @@ def widen(value: Array, out: Array) -> None:
     if value.dtype == np.float16 and out.dtype == np.float32:
         np.take(_half_table(), value.view(np.uint16), out=out, mode="clip")
         return
-    with np.errstate(invalid="ignore"):  # a signalling NaN is no event
-        np.copyto(out, value)
+    np.copyto(out, value)
 
 
 def narrow(shadow: Array, out: Array) -> None:
     """Convert `shadow` to the dtype of `out` with one rounding to nearest even."""
     if shadow.dtype == np.float64 and out.dtype.name == "bfloat16":
         shadow = _round_to_odd(shadow)
-    with np.errstate(over="ignore", invalid="ignore"):
-        np.copyto(out, shadow, casting="unsafe")
+    np.copyto(out, shadow, casting="unsafe")
 
 
 def _round_to_odd(value: Array) -> Array:
@@ -91,7 +96,7 @@ def _round_to_odd(value: Array) -> Array:
     ml_dtypes converts float64 by way of float32, which would round twice. Rounding to odd (away
     results one back, then the last bit set when inexact) keeps the discarded bits' verdict.
     """
-    with np.errstate(over="ignore", invalid="ignore"):
+    with quiet():
         single = value.astype(np.float32)
         back = single.astype(np.float64)
         bits = single.view(np.uint32)
@@ -102,8 +107,7 @@ def _round_to_odd(value: Array) -> Array:
 
 def divide(shadow: Array, factor: float, out: Array) -> None:
     """Write ``shadow / factor`` to `out`, same dtype: the end of a zero-debiased average."""
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        np.divide(shadow, shadow.dtype.type(factor), out=out)
+    np.divide(shadow, shadow.dtype.type(factor), out=out)
 
 
 _EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80}

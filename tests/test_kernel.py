@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,14 @@ from golden.inputs import Array, rounded, variable
 from helpers import bits_equal, dtype_of
 
 from ema_cli import kernel, schedules
+
+
+@pytest.fixture(autouse=True)
+def quietly() -> Iterator[None]:
+    """The kernel's functions are called as the engine calls them."""
+    with kernel.quiet():
+        yield
+
 
 Golden = dict[str, Any]
 

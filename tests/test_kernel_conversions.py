@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from fractions import Fraction
 
 import numpy as np
@@ -12,6 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ema_cli import kernel
+
+
+@pytest.fixture(autouse=True)
+def quietly() -> Iterator[None]:
+    """The kernel's functions are called as the engine calls them."""
+    with kernel.quiet():
+        yield
+
 
 AVERAGED = ("float16", "bfloat16", "float32", "float64")
 
