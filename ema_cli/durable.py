@@ -9,7 +9,6 @@ import fcntl
 import functools
 import hashlib
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
@@ -197,6 +196,8 @@ def remove(path: str) -> None:
     """Remove a file or a folder of ours if it is there."""
     with contextlib.suppress(FileNotFoundError):
         if os.path.isdir(path) and not os.path.islink(path):
+            import shutil  # slow to import, and rarely needed
+
             shutil.rmtree(path)
         else:
             os.unlink(path)

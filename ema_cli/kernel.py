@@ -17,11 +17,10 @@ import functools
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ema_cli.tensors import DTYPES, numpy_dtype
 
-Array = npt.NDArray[Any]
+Array = np.ndarray[Any, Any]
 
 SHADOW_DTYPES = ("auto", "same")
 

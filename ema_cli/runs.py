@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import glob as globbing
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -148,6 +147,8 @@ def _candidates(
 ) -> tuple[list[str], list[PassedOver]]:
     if choice.glob is None:
         return list(entries), []
+    import glob as globbing  # only with --glob
+
     matched = sorted(globbing.glob(choice.glob, root_dir=root))
     firsts = {name.split("/", 1)[0] for name in matched}
     skipped = [
