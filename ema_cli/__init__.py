@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ema_cli.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from ema_cli.api import average_run, diff, inspect, plan_run, rename, restore_map
     from ema_cli.ema import ExponentialMovingAverage
@@ -24,8 +26,6 @@ __all__ = [
     "rename",
     "restore_map",
 ]
-
-__version__ = "0.1.0"
 
 _HOMES = {"EmaError": "ema_cli.errors", "ExponentialMovingAverage": "ema_cli.ema"}
 

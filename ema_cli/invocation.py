@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from ema_cli.averages import Average, Ema
 from ema_cli.layout import Wishes
 from ema_cli.plan import Request
 from ema_cli.runs import Choice
-from ema_cli.schedules import Average, Ema
 from ema_cli.specs import default_label
 
 

@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 
-import ema_cli
+from ema_cli.version import __version__
 
 _CGROUP_QUOTA = "/sys/fs/cgroup/cpu.max"
 
@@ -29,7 +29,7 @@ def default_workers() -> int:
 
 def versions() -> dict[str, str]:
     """Return the versions of what made the numbers: of the packages that are loaded."""
-    found = {"ema-avg": ema_cli.__version__, "python": platform.python_version()}
+    found = {"ema-avg": __version__, "python": platform.python_version()}
     for package in ("numpy", "ml_dtypes"):
         if package in sys.modules:
             found[package] = sys.modules[package].__version__

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ema_cli import kernel, ranges, runs
+from ema_cli.averages import Average
 from ema_cli.durable import free_bytes
 from ema_cli.errors import UsageError
 from ema_cli.formats import Known
@@ -14,7 +15,7 @@ from ema_cli.formats.sharded import refuse_quantized
 from ema_cli.layout import Layout, Wishes, lay_out
 from ema_cli.naming import Rule
 from ema_cli.ranges import Copy, Destination, Range
-from ema_cli.schedules import Average, Schedule, schedule
+from ema_cli.schedules import Schedule, schedule
 from ema_cli.selection import Selection, check_agreement, check_rules_of, select
 from ema_cli.tensors import Checkpoint, Index, Stamp, numpy_dtype
 from ema_cli.text import shorten

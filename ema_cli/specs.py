@@ -7,8 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from ema_cli.errors import UsageError
-from ema_cli.schedules import (
+from ema_cli.averages import (
     Average,
     Ema,
     Family,
@@ -19,6 +18,7 @@ from ema_cli.schedules import (
     Weights,
     Window,
 )
+from ema_cli.errors import UsageError
 from ema_cli.text import shorten
 
 NUM_UPDATES = ("none", "count", "step")

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import numpy as np
 
 from ema_cli import kernel
+from ema_cli.averages import Average, Ema, HalfLife, Power
 from ema_cli.errors import EmaError
 from ema_cli.invocation import run_words
 from ema_cli.plan import Outcome, Plan, Request
-from ema_cli.schedules import Average, Ema, HalfLife, Power, one_minus_decay, schedule
+from ema_cli.schedules import one_minus_decay, schedule
 from ema_cli.tensors import DTYPES
 from ema_cli.text import command, percent, plural, shorten, size
 

@@ -35,9 +35,9 @@ ROWS: list[set[str]] = [
     {"formats.scanning"},
     {"specs", "files", "durable", "kernel"},
     {"schedules", "naming"},
-    {"tensors", "machine"},
+    {"tensors", "machine", "averages"},
     {"errors"},
-    {"text"},
+    {"text", "version"},
 ]
 RANK = {name: -row for row, names in enumerate(ROWS) for name in names}
 

@@ -13,8 +13,7 @@ from helpers import dtype_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ema_cli.errors import Disagreement, UsageError
-from ema_cli.schedules import (
+from ema_cli.averages import (
     Average,
     Ema,
     Family,
@@ -22,14 +21,11 @@ from ema_cli.schedules import (
     LearningRate,
     Mean,
     Power,
-    Schedule,
     Weights,
     Window,
-    effective_count,
-    gamma_of,
-    mean_age,
-    schedule,
 )
+from ema_cli.errors import Disagreement, UsageError
+from ema_cli.schedules import Schedule, effective_count, gamma_of, mean_age, schedule
 
 
 def made(family: Family, steps: Sequence[int], **options: object) -> Schedule:

@@ -13,8 +13,9 @@ from exact import Number, close, single, tensorflow_coefficient
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ema_cli.averages import Average, Ema, Family, HalfLife, Power
 from ema_cli.errors import Disagreement
-from ema_cli.schedules import Average, Ema, Family, HalfLife, Power, schedule
+from ema_cli.schedules import schedule
 
 STEPS = st.lists(st.integers(1, 10**6), min_size=1, max_size=30, unique=True).map(sorted)
 DECAYS = st.floats(0.01, 0.99999)

@@ -10,8 +10,7 @@ import pytest
 from helpers import write_run
 
 import ema_cli
-from ema_cli.errors import UsageError
-from ema_cli.schedules import (
+from ema_cli.averages import (
     Average,
     Ema,
     Family,
@@ -22,6 +21,7 @@ from ema_cli.schedules import (
     Weights,
     Window,
 )
+from ema_cli.errors import UsageError
 from ema_cli.specs import parse_averages
 
 FILES = {"w.txt": "100 1\n200 3\n", "a@b.txt": "100 1\n", "a@last=2": "100 1\n"}
