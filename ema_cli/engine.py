@@ -20,7 +20,7 @@ from ema_cli.durable import start_writing, write_exact
 from ema_cli.errors import storage_errors
 from ema_cli.files import Handles, handle_limit, open_unchanged, read_exact
 from ema_cli.layout import BIASED, COPY
-from ema_cli.plan import BLOCK_ELEMENTS, TASK_ELEMENTS, Plan
+from ema_cli.plan import BLOCK_ELEMENTS, TASK_ELEMENTS, Plan, block_elements
 from ema_cli.ranges import Copy, Range, Target
 from ema_cli.tensors import DTYPES, Stamp, numpy_dtype
 
@@ -61,6 +61,7 @@ class Task(NamedTuple):
         pieces: what to do.
         handles: how many input files, and how many output files, may stay open.
         check: report the first non-finite value instead of writing it.
+        block: elements that are worked on at a time.
     """
 
     inputs: tuple[Stamp, ...]
@@ -68,6 +69,7 @@ class Task(NamedTuple):
     pieces: tuple[Piece, ...]
     handles: int
     check: bool
+    block: int
 
 
 class Flaw(NamedTuple):
@@ -144,16 +146,17 @@ def tasks(plan: Plan, outputs: Sequence[str]) -> Iterator[Task]:
     """Yield the tasks of a plan; small pieces share one."""
     handles = handle_limit(plan.request.workers)
     check = plan.request.non_finite == "error"
+    block = block_elements(BLOCK_ELEMENTS, plan.request.workers, max(len(plan.schedules), 1))
     batch: list[Piece] = []
     filled = 0
     for piece in pieces(plan):
         batch.append(piece)
         filled += piece.elements
         if filled >= TASK_ELEMENTS:
-            yield Task(plan.inputs, tuple(outputs), tuple(batch), handles, check)
+            yield Task(plan.inputs, tuple(outputs), tuple(batch), handles, check, block)
             batch, filled = [], 0
     if batch:
-        yield Task(plan.inputs, tuple(outputs), tuple(batch), handles, check)
+        yield Task(plan.inputs, tuple(outputs), tuple(batch), handles, check, block)
 
 
 def pieces(plan: Plan) -> Iterator[Piece]:
@@ -253,7 +256,7 @@ def _copy(task: Task, piece: Piece, inputs: Handles, outputs: Handles) -> Done:
 
 def _average(task: Task, piece: Piece, inputs: Handles, outputs: Handles) -> Done:
     """Average one piece block by block."""
-    block = max(1, min(BLOCK_ELEMENTS // min(len(piece.accumulators), 2), piece.elements))
+    block = min(task.block, piece.elements)
     buffers = _Buffers(piece, block)
     read = written = 0
     with kernel.quiet():

@@ -24,6 +24,8 @@ from ema_cli.text import shorten
 # with 1 MiB of second level cache each: half as many took 4 % longer (bfloat16: 15 %), because
 # threads meet more often; four times as many twice as long, because they spill to memory.
 BLOCK_ELEMENTS = 1 << 18
+# What the buffers of all workers together may take; many workers get smaller blocks.
+_BUFFER_BYTES = 40 << 20
 # Elements of one task: enough to forget what opening its files costs.
 TASK_ELEMENTS = 1 << 21
 # The interpreter with NumPy, click and the reference reader, before any plan.
@@ -258,6 +260,12 @@ def _copies(
     return copies
 
 
+def block_elements(largest: int, workers: int, accumulators: int) -> int:
+    """Return the elements of a block: at most `largest`, fewer where more has to share."""
+    fair = _BUFFER_BYTES // (workers * (4 + accumulators) * 8)
+    return max(1, min(largest // min(accumulators, 2), max(fair, 1 << 14)))
+
+
 def _costs(
     request: Request,
     schedules: Sequence[Schedule],
@@ -277,7 +285,8 @@ def _costs(
     )
     # Per worker: the bytes read, the widened value, the scratch, one accumulator per schedule
     # and the bytes written.
-    buffers = request.workers * (4 + len(schedules)) * BLOCK_ELEMENTS * widest
+    block = block_elements(BLOCK_ELEMENTS, request.workers, len(schedules))
+    buffers = request.workers * (4 + len(schedules)) * block * widest
     directory = os.path.dirname((request.output or "").rstrip("/")) or "."
     while directory and not os.path.isdir(directory):
         directory = os.path.dirname(directory) or "."
