@@ -19,11 +19,12 @@ from ema_cli.naming import SHADOW_NAME, Rule
 from ema_cli.output import check_destination
 from ema_cli.plan import Plan, Request
 from ema_cli.restoring import RestoreMap, restored
-from ema_cli.running import OnEvent, RunResult, produce, run_plan
+from ema_cli.running import OnEvent, RunResult, produce, refuse_warnings, run_plan
 from ema_cli.runs import ORDERS, Choice, Run, find, find_one, is_run
 from ema_cli.selection import STATISTICS
 from ema_cli.tensors import AVERAGED_DTYPES, Checkpoint
 from ema_cli.text import shorten
+from ema_cli.warnings import warnings
 
 Select = Sequence[tuple[str, str]]
 _WEIGHTS_FILE_LIMIT = 16 << 20
@@ -62,7 +63,6 @@ def plan_run(
 
     Raises the errors of `average_run` that can be known before tensor data moves.
     """
-    del strict  # about warnings, which `average_run` and the command line look at
     _check_choices(
         num_updates=num_updates,
         init=init,
@@ -86,7 +86,7 @@ def plan_run(
     choice = Choice(glob, last, specs.parse_window(steps) if steps else None, step_from, order)
     shard_size = None if max_shard_size is None else specs.parse_size(max_shard_size)
     wishes = Wishes(format, names, name, keep_variables, tuple(rule), dtype, shard_size, optimizer)
-    return planning.make(
+    plan = planning.make(
         Request(
             paths=_paths(runs),
             output=None if output is None else os.fspath(output),
@@ -101,6 +101,9 @@ def plan_run(
             workers=workers or machine.default_workers(),
         )
     )
+    if strict:
+        refuse_warnings(warnings(plan), plan.run)
+    return plan
 
 
 def average_run(
@@ -150,7 +153,7 @@ def average_run(
         zero_debias: divide by TensorFlow's bias factor.
         glob: directory entries to consider; may contain ``/``.
         last: only the newest N checkpoints, after `glob` and `steps`.
-        steps: ``A:B[:C]``, both ends included, every C-th counted from A.
+        steps: ``A:B[:C]``, both ends included; with C only steps where C divides step - A.
         step_from: regular expression whose first group is the step in a name.
         order: ``step`` or ``given``.
         select: ordered pairs ``("include" | "exclude", glob)``; the last match wins.
@@ -175,7 +178,7 @@ def average_run(
         What was written. The bytes do not depend on workers or executor.
 
     Raises:
-        EmaError: one of `ema_cli.errors`; nothing is left under the output's name.
+        EmaError: one of `ema_cli.errors`; nothing half-written is left under an output's name.
     """
     started = time.monotonic()
     plan = plan_run(

@@ -19,6 +19,7 @@ from ema_cli.text import shorten, size
 # Beside a destination NAME our unfinished file is ".NAME" + this.
 TEMPORARY_SUFFIX = ".ema-avg.tmp"
 _SYNC_FILE_RANGE_WRITE = 2
+_RENAME_NOREPLACE = 1
 _LONGEST_NAME = 255
 # While a folder is replaced, the old one waits beside it under ".NAME" + this.
 ASIDE_SUFFIX = ".ema-avg.old"
@@ -159,6 +160,25 @@ def start_writing(fd: int, offset: int, n_bytes: int) -> None:
         number, where = ctypes.c_int, ctypes.c_int64
         call = _system_call("sync_file_range", number, where, where, ctypes.c_uint)
         call(fd, offset, n_bytes, _SYNC_FILE_RANGE_WRITE)
+
+
+def rename_new(old: str, new: str) -> None:
+    """Rename `old` to `new`, which must not exist: `FileExistsError` otherwise, at any moment.
+
+    renameat2(2) with RENAME_NOREPLACE; where that is missing, a look just before.
+    """
+    if sys.platform == "linux":
+        number, path = ctypes.c_int, ctypes.c_char_p
+        call = _system_call("renameat2", number, path, number, path, ctypes.c_uint)
+        here = -100  # AT_FDCWD
+        if call(here, os.fsencode(old), here, os.fsencode(new), _RENAME_NOREPLACE) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.ENOSYS, errno.EINVAL):
+            raise OSError(code, os.strerror(code), new)
+    if os.path.lexists(new):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new)
+    os.rename(old, new)
 
 
 def sync(fd: int, path: str) -> None:

@@ -83,6 +83,7 @@ class ExponentialMovingAverage:
         self._specs: dict[str, tuple[DType, tuple[int, ...]]] = {}
         self._shadow_names: dict[str, str] = {}
         self._known: dict[str, DType] = {}
+        self._taken: set[str] | None = None
 
     @property
     def name(self) -> str:
@@ -128,7 +129,7 @@ class ExponentialMovingAverage:
                 if name not in ours:
                     _transfer(writer, name, values.open(name))
         self._updates, self._local_steps, self._specs = updates, local_steps, specs
-        self._shadow_names, self._known = shadow_names, known
+        self._shadow_names, self._known, self._taken = shadow_names, known, None
 
     def _averaged(self, values: Values, var_list: Sequence[str] | None) -> dict[str, None]:
         """Return the names to average, in order and once each, after TensorFlow's checks."""
@@ -180,6 +181,8 @@ class ExponentialMovingAverage:
     def _named(self, names: Mapping[str, None], known: Mapping[str, DType]) -> dict[str, str]:
         """Return the shadows' names with those of new variables, made unique."""
         named = dict(self._shadow_names)
+        if all(name in named for name in names):
+            return named
         taken = lowered([*known, *named.values()])
         for name in names:
             if name not in named:
@@ -264,7 +267,11 @@ class ExponentialMovingAverage:
         After `apply` the name it has; before, ``<name>/<self.name>`` made unique among the
         tensors known so far.
         """
-        return self._named({name: None}, self._known)[name]
+        if name in self._shadow_names:
+            return self._shadow_names[name]
+        if self._taken is None:
+            self._taken = lowered([*self._known, *self._shadow_names.values()])
+        return unique_name(shadow_of(name, self._name), self._taken)
 
     def variables_to_restore(
         self, moving_avg_variables: Sequence[str] | None = None

@@ -1,4 +1,4 @@
-"""Files: checked opening and exact reading of inputs, durable creation and publication of outputs.
+"""Input files: checked opening, exact reading, and whether they are still what they were.
 
 Inputs are read with ``preadv`` into buffers the caller reuses, never mapped: a mapping of a file
 that somebody truncates kills the process with SIGBUS, a short read is an error that can be told.

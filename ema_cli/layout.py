@@ -183,6 +183,7 @@ def lay_out(
         wishes: the options.
         updates: how many a zero-debiased average saw, or None for other averages.
     """
+    naming.check_shadow_name(wishes.name)
     chosen = output_format(path, wishes, last)
     names = output_names(wishes, chosen)
     template = _is_template(wishes, chosen, names, last, selection)
@@ -214,6 +215,7 @@ def lay_out_entries(
     path: str, source: Checkpoint, entries: Sequence[Entry], wishes: Wishes
 ) -> Layout:
     """Return the fresh layout of a copy of `source` that holds `entries`."""
+    naming.check_shadow_name(wishes.name)
     chosen = output_format(path, wishes, source)
     files, places = _fresh_files(entries, source, chosen, wishes)
     files += _side_files(source, chosen)
@@ -263,20 +265,10 @@ def _template_files(last: Checkpoint) -> list[File]:
             os.close(fd)
         head = len(raw).to_bytes(8, "little") + bytes(raw)
         files.append(File(name, stamp.size, ((0, head),)))
-    index = _index_file(last)
-    if index:
-        files.append(File(os.path.basename(index), os.path.getsize(index), copy_of=index))
+    if last.index_file:
+        name = os.path.basename(last.index_file)
+        files.append(File(name, os.path.getsize(last.index_file), copy_of=last.index_file))
     return files
-
-
-def _index_file(last: Checkpoint) -> str:
-    """Return the index file of a sharded checkpoint, or an empty string."""
-    if last.path.endswith(sharded.INDEX_SUFFIX):
-        return last.path
-    if last.index.format != sharded.NAME or len(last.index.names) == 1:
-        return ""
-    indexes, _ = sharded.contents(last.path)
-    return os.path.join(last.path, indexes[0])
 
 
 def _fresh_files(

@@ -111,7 +111,7 @@ class Rule(NamedTuple):
         return not set(self.pattern) & set("*?[")
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache
 def _glob(pattern: str) -> re.Pattern[str]:
     return re.compile(fnmatch.translate(pattern))
 
@@ -175,6 +175,7 @@ def check_distinct(names: Iterable[tuple[str, str]]) -> None:
     """
     seen: dict[str, str] = {}
     for name, source in names:
+        _check_name(name, source)
         if name in seen:
             raise Disagreement(
                 f"two tensors would be called '{shorten(name)}': '{shorten(seen[name])}' and "
@@ -182,6 +183,28 @@ def check_distinct(names: Iterable[tuple[str, str]]) -> None:
                 "choose other names with --rule PATTERN REPL, or another shadow name with --name",
             )
         seen[name] = source
+
+
+def _check_name(name: str, source: str) -> None:
+    """Raise `Disagreement` for a name no checkpoint can hold."""
+    if name in ("", "__metadata__") or not _encodable(name):
+        raise Disagreement(
+            f"'{shorten(source)}' would be called '{shorten(name)}', which no checkpoint can hold"
+        )
+
+
+def check_shadow_name(name: str) -> None:
+    """Raise `UsageError` for a ``--name`` that gives no usable names."""
+    if not name or not _encodable(name):
+        raise UsageError(f"--name: expected a name for the shadows, found '{shorten(name)}'")
+
+
+def _encodable(name: str) -> bool:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 # ---------------------------------------------------------------------------- restore map

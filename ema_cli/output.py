@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor
 from typing import Any
 
-from ema_cli import durable, files, provenance
+from ema_cli import durable, provenance
 from ema_cli.errors import EmaError, OutputExists, StorageError, storage_errors
 from ema_cli.formats import FORMATS, Known, safetensors, sharded
 from ema_cli.layout import Layout
@@ -46,7 +46,7 @@ def check_destination(layout: Layout, inputs: Iterable[Stamp], *, overwrite: boo
     if not overwrite:
         raise _exists(shown)
     if layout.folder:
-        _check_replaceable(path, shown, mode)
+        _check_replaceable(path)
     elif not stat.S_ISREG(mode):
         raise OutputExists(f"{shown}: only a regular file can be replaced")
 
@@ -72,9 +72,10 @@ def _same_file(path: str, stamp: Stamp) -> bool:
     return False
 
 
-def _check_replaceable(path: str, shown: str, mode: int) -> None:
+def _check_replaceable(path: str) -> None:
     """A folder is deleted when it is replaced: never one that may hold something else."""
-    if not stat.S_ISDIR(mode):
+    shown = shorten(path, 1000)
+    if not stat.S_ISDIR(os.lstat(path).st_mode):
         raise OutputExists(f"{shown}: expected a folder to replace, found a file")
     with os.scandir(path) as listing:
         entries = list(listing)
@@ -92,6 +93,30 @@ def _check_replaceable(path: str, shown: str, mode: int) -> None:
 
 
 # ---------------------------------------------------------------------------- the work
+
+
+def repair(layout: Layout) -> None:
+    """Put back the folder that a killed replacement of this output had moved aside."""
+    destination = layout.path.rstrip("/")
+    aside = durable.beside(destination, durable.ASIDE_SUFFIX)
+    if not os.path.lexists(aside):
+        return
+    root = durable.beside(destination, durable.TEMPORARY_SUFFIX)
+    lock = durable.create_locked_directory(root)
+    try:
+        with storage_errors(destination, "cannot repair"):
+            _restore(aside, destination)
+    finally:
+        durable.remove(root)
+        os.close(lock)
+
+
+def _restore(aside: str, destination: str) -> None:
+    if os.path.lexists(aside):
+        if os.path.lexists(destination):
+            durable.remove(aside)
+        else:
+            os.rename(aside, destination)
 
 
 class Unpublished:
@@ -142,11 +167,7 @@ class Unpublished:
 
     def _repair(self) -> None:
         """Finish what a killed replacement left: the old folder under its waiting name."""
-        if os.path.lexists(self._aside):
-            if os.path.lexists(self.destination):
-                durable.remove(self._aside)
-            else:
-                os.rename(self._aside, self.destination)
+        _restore(self._aside, self.destination)
         if not self._overwrite and os.path.lexists(self.destination):
             # Repaired just now, or published by another process before we had the lock.
             raise _exists(shorten(self.destination, 1000))
@@ -230,9 +251,16 @@ class Unpublished:
             durable.remove(self._aside)
 
     def _rename(self) -> None:
+        if not self._overwrite:
+            try:
+                durable.rename_new(self.root, self.destination)
+            except FileExistsError:  # it appeared while we worked
+                raise _exists(shorten(self.destination, 1000)) from None
+            return
         if not self.layout.folder or not os.path.lexists(self.destination):
             os.replace(self.root, self.destination)
             return
+        _check_replaceable(self.destination)  # again: something may have been put there
         os.rename(self.destination, self._aside)
         try:
             os.rename(self.root, self.destination)
@@ -265,27 +293,6 @@ def _reference_check(paths: Iterable[str]) -> None:
 
 
 def _checksums(executor: Executor, path: str) -> list[str]:
-    n_bytes = os.path.getsize(path)
-    step = provenance.CHECKSUM_BYTES
-    parts = [(path, start, min(step, n_bytes - start)) for start in range(0, n_bytes, step)]
-    futures = [executor.submit(checksum, part) for part in parts]
+    parts = provenance.checksum_parts(path, os.path.getsize(path))
+    futures = [executor.submit(provenance.checksum, part) for part in parts]
     return [f"{future.result():08x}" for future in futures]
-
-
-def checksum(part: tuple[str, int, int]) -> int:
-    """Return the CRC-32C of (path, offset, length), read in bounded memory."""
-    from fastcrc import crc32
-
-    path, offset, length = part
-    buffer = bytearray(min(1 << 20, length))
-    fd = files.open_input(path)
-    try:
-        crc = 0
-        while length:
-            view = memoryview(buffer)[: min(len(buffer), length)]
-            files.read_exact(fd, view, offset, path)
-            crc = crc32.iscsi(view, crc) if crc else crc32.iscsi(view)
-            offset, length = offset + len(view), length - len(view)
-        return int(crc)
-    finally:
-        os.close(fd)

@@ -191,8 +191,7 @@ def _outcomes(
     for average, ordinal in zip(request.averages, ordinals, strict=True):
         chosen = schedules[ordinal]
         last = run.checkpoints[chosen.last]
-        if os.path.isdir(last.path):
-            refuse_quantized(last.path)
+        refuse_quantized(os.path.dirname(last.files[0].path))
         if id(last.index) not in selections:
             selection = select(last.index, request.rules, request.statistics, name)
             others = [run.checkpoints[k] for k in used]

@@ -56,10 +56,50 @@ def files_of(output: str, names: Sequence[str]) -> list[tuple[str, str]]:
     return [(name, os.path.join(output, name) if name else output) for name in names]
 
 
+def checksum_parts(path: str, n_bytes: int) -> list[tuple[str, int, int]]:
+    """Return the (path, offset, length) parts of a file that have a checksum each."""
+    starts = range(0, n_bytes, CHECKSUM_BYTES)
+    return [(path, start, min(CHECKSUM_BYTES, n_bytes - start)) for start in starts]
+
+
+def checksum(part: tuple[str, int, int]) -> int:
+    """Return the CRC-32C of (path, offset, length), read in bounded memory."""
+    from fastcrc import crc32
+
+    path, offset, length = part
+    buffer = bytearray(min(1 << 20, length))
+    fd = open_input(path)
+    try:
+        crc = 0
+        while length:
+            view = memoryview(buffer)[: min(len(buffer), length)]
+            read_exact(fd, view, offset, path)
+            crc = crc32.iscsi(view, crc) if crc else crc32.iscsi(view)
+            offset, length = offset + len(view), length - len(view)
+        return int(crc)
+    finally:
+        os.close(fd)
+
+
+def proves(document: Mapping[str, Any], output: str) -> bool:
+    """Whether every byte of `output` is as `document` records it: reads all of it."""
+    try:
+        for file in document["output"]["files"]:
+            path = os.path.join(output, file["name"]) if file["name"] else output
+            parts = checksum_parts(path, file["size"])
+            if [f"{checksum(part):08x}" for part in parts] != file["crc32c"]:
+                return False
+    except (EmaError, LookupError, TypeError):
+        return False
+    return True
+
+
 def load(output: str) -> Mapping[str, Any] | None:
     """Return the provenance of `output` if there is one and it still tells the truth."""
     path = path_for(output)
-    return _read(path, output) if os.path.isfile(path) else None
+    staged = durable.beside(path, durable.TEMPORARY_SUFFIX)  # of a process killed just before
+    documents = (_read(p, output) for p in (path, staged) if os.path.isfile(p))
+    return next((document for document in documents if document is not None), None)
 
 
 def _read(path: str, output: str) -> Mapping[str, Any] | None:

@@ -90,7 +90,7 @@ class Values:
         self._arrays: dict[str, Array] = {}
         if isinstance(source, Mapping):
             self.where = "the mapping"
-            self._arrays = {name: np.asarray(value) for name, value in source.items()}
+            self._arrays = {name: _native(np.asarray(value)) for name, value in source.items()}
             self.specs = {name: _spec(name, array) for name, array in self._arrays.items()}
         else:
             self._checkpoint = formats.read(os.fspath(source), {})
@@ -117,8 +117,13 @@ class Values:
         raise Disagreement(f"{self.where}: no step: expected a scalar called global_step")
 
 
+def _native(array: Array) -> Array:
+    """Return the array in this machine's byte order."""
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
 def _spec(name: str, array: Array) -> tuple[DType, tuple[int, ...]]:
     dtype = array.dtype.name
-    if dtype not in DTYPES or not array.dtype.isnative:
+    if dtype not in DTYPES:
         raise TypeError(f"'{shorten(name)}': no checkpoint can hold dtype {array.dtype}")
     return DTYPES[dtype], array.shape

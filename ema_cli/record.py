@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ def describe(plan: Plan, outcome: Outcome) -> dict[str, Any]:
             "init": average.init,
             "zero_debias": average.zero_debias,
             "shadow_dtype": plan.request.shadow_dtype,
+            "non_finite": plan.request.non_finite,
             "effective_checkpoints": effective_count(outcome.weights),
             "mean_age": mean_age(outcome.weights, plan.run.steps),
             "weight_sum": sum(outcome.weights),
@@ -86,7 +88,12 @@ def plan_digest(document: dict[str, Any], outcome: Outcome) -> str:
     ]
     output = {key: value for key, value in document["output"].items() if key != "path"}
     entries = [[e.name, e.dtype.name, e.shape, e.part, e.source] for e in outcome.layout.entries]
-    rest = {"inputs": inputs, "output": output, "entries": entries}
+    side = [
+        [file.name, os.stat(file.copy_of).st_mtime_ns]
+        for file in outcome.layout.files
+        if file.copy_of
+    ]
+    rest = {"inputs": inputs, "output": output, "entries": entries, "side": side}
     average = document["average"]
     return provenance.digest_of({**rest, "average": average})
 

@@ -54,14 +54,14 @@ def make(request: Request, towards: str | None) -> tuple[Plan, Layout, Renamed]:
     entries = [e._replace(name=naming.apply_rules(e.name, rules)) for e in entries]
     naming.check_distinct((entry.name, entry.source) for entry in entries)
     changed = tuple((e.source, e.name) for e in entries if e.name != e.source)
-    if not changed and not wishes.rules and towards is not None:
+    if not changed:
         raise _nothing(request, towards)
     layout = lay_out_entries(path, checkpoint, entries, wishes)
     renamed = Renamed(path, changed, tuple(replaced), tuple(left_out), len(entries) - len(changed))
     return _plan(request, checkpoint, layout), layout, renamed
 
 
-def _nothing(request: Request, towards: str) -> Disagreement:
+def _nothing(request: Request, towards: str | None) -> Disagreement:
     path, name = request.paths[0], request.wishes.name
     if towards == "variable":
         return Disagreement(
@@ -69,7 +69,10 @@ def _nothing(request: Request, towards: str) -> Disagreement:
             f"see the names with {command('ema-avg', 'inspect', path)}, and give the shadows' "
             "name with --name",
         )
-    return Disagreement(f"{shorten(path, 1000)}: no tensor would be renamed")
+    return Disagreement(
+        f"{shorten(path, 1000)}: no tensor would be renamed",
+        "say what to do with --names shadow, --names variable or --rule PATTERN REPL",
+    )
 
 
 def _kept(tensor: Tensor) -> Entry:

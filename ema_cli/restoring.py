@@ -23,6 +23,8 @@ from ema_cli.tensors import Checkpoint, Index, Tensor, describe
 from ema_cli.text import near_misses, shorten
 
 _LIST_LIMIT = 16 << 20
+# Guessing what was meant takes long; after so many names a list is simply a wrong one.
+_MANY = 10
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,19 @@ def restored(
         )
     else:
         asked = _list(program) if isinstance(program, str) else list(program)
-        rows = [_literal(wanted, saved, name) for wanted in asked]
+        rows = []
+        guesses = _MANY
+        for wanted in asked:
+            rows.append(_literal(wanted, saved, name, guess=guesses > 0))
+            guesses -= not rows[-1].saved_as and rows[-1].source == "missing"
     found = {row.restore_name for row in rows}
     variables_asked = {row.variable for row in rows}
     orphans = tuple(
         tensor
         for tensor in saved.by_name
-        if tensor not in found and (variable_of(tensor, name) or "") not in ("", *variables_asked)
+        if tensor not in found
+        and (variable := variable_of(tensor, name)) is not None
+        and variable not in variables_asked
     )
     return RestoreMap(tuple(rows), orphans, name)
 
@@ -134,7 +142,7 @@ def names_in(lines: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(line for line in stripped if line))
 
 
-def _literal(wanted: str, saved: Index, name: str) -> Restored:
+def _literal(wanted: str, saved: Index, name: str, *, guess: bool) -> Restored:
     """Return the row of a restore name that is asked for literally."""
     variable = variable_of(wanted, name)
     if wanted in saved.by_name:
@@ -146,6 +154,6 @@ def _literal(wanted: str, saved: Index, name: str) -> Restored:
     if f"{wanted}_1" in saved.by_name:
         note = f"'{shorten(wanted)}_1' is saved"
         return Restored(wanted, variable or wanted, "missing", note, f"{wanted}_1")
-    close = near_misses(wanted, saved.by_name)
+    close = near_misses(wanted, saved.by_name) if guess else []
     note = f"did you mean '{shorten(close[0])}'" if close else ""
     return Restored(wanted, variable or wanted, "missing", note)

@@ -15,9 +15,10 @@ from ema_cli import plan as planning
 from ema_cli.engine import Progress
 from ema_cli.errors import InputError, UsageError
 from ema_cli.layout import Layout
-from ema_cli.output import Unpublished, check_destination
+from ema_cli.output import Unpublished, check_destination, repair
 from ema_cli.plan import Outcome, Plan
 from ema_cli.runs import PassedOver, Run
+from ema_cli.tensors import Stamp
 from ema_cli.text import shorten
 from ema_cli.warnings import PlanWarning, warnings
 
@@ -89,9 +90,11 @@ def run_plan(
         refuse_warnings(found, plan.run)
     documents = [_document(plan, outcome) for outcome in plan.outcomes]
     for outcome in plan.outcomes:
+        if outcome.layout.folder:
+            repair(outcome.layout)
         provenance.recover(outcome.layout.path)
     same = [
-        not overwrite and (provenance.load(outcome.layout.path) or {}).get("plan") == digest
+        not overwrite and _unchanged(outcome.layout.path, digest)
         for outcome, (_, digest) in zip(plan.outcomes, documents, strict=True)
     ]
     notes: list[str] = []
@@ -110,6 +113,22 @@ def run_plan(
     )
     seconds = time.monotonic() - started
     return RunResult(plan, outputs, found, read, seconds, tuple(notes))
+
+
+def _unchanged(path: str, digest: str) -> bool:
+    """Whether an equal plan made this output and not a byte of it has changed since."""
+    document = provenance.load(path)
+    return (
+        document is not None
+        and document.get("plan") == digest
+        and provenance.proves(document, path)
+    )
+
+
+def all_inputs(plan: Plan) -> list[Stamp]:
+    """Return every file of the run, of checkpoints that are not used too."""
+    known = (*plan.run.checkpoints, *plan.run.unchosen)
+    return [*plan.inputs, *(stamp for checkpoint in known for stamp in checkpoint.files)]
 
 
 def _document(plan: Plan, outcome: Outcome) -> Document:
@@ -141,7 +160,7 @@ def _write(
     if len({layout.path.rstrip("/") for layout in layouts}) < len(layouts):
         raise UsageError(f"-o {shorten(layouts[0].path)}: two averages have the same output")
     for layout in layouts:
-        check_destination(layout, plan.inputs, overwrite=overwrite)
+        check_destination(layout, all_inputs(plan), overwrite=overwrite)
     return produce(plan, layouts, documents, executor, on_event, overwrite=overwrite)
 
 

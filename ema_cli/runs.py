@@ -57,13 +57,15 @@ class PassedOver:
 class Run:
     """The successive checkpoints of one training, in order, every step known and distinct.
 
-    `searched` tells whether they were found in a directory rather than named one by one.
+    `searched` tells whether they were found in a directory rather than named one by one, and
+    `unchosen` holds the checkpoints that the selection left out.
     """
 
     checkpoints: tuple[Checkpoint, ...]
     passed_over: tuple[PassedOver, ...] = ()
     notes: tuple[str, ...] = ()
     searched: bool = False
+    unchosen: tuple[Checkpoint, ...] = ()
 
     @property
     def steps(self) -> list[int]:
@@ -80,13 +82,15 @@ def find(paths: Sequence[str], choice: Choice, known: Known | None = None) -> Ru
     if choice.last is not None and choice.last < 1:
         raise UsageError(f"--last: expected at least 1, found {choice.last}")
     known = {} if known is None else known
+    searching = len(paths) == 1 and os.path.isdir(paths[0]) and is_run(paths[0], choice)
+    if searching and choice.order == "given":
+        raise UsageError("--order given: the checkpoints of a directory have no given order")
+    if not searching and choice.glob is not None:
+        raise UsageError("--glob chooses entries of one directory; name that directory alone")
     for path in paths:
         if not os.path.lexists(path):
             raise InputError(f"{shorten(path, 1000)}: no such file or directory")
-    if len(paths) == 1 and os.path.isdir(paths[0]) and is_run(paths[0], choice):
-        found = _search(paths[0], choice, known)
-    else:
-        found = _named(paths, choice, known)
+    found = _search(paths[0], choice, known) if searching else _named(paths, choice, known)
     found = _filtered(_ordered(found, choice, explicit=not found.searched), choice)
     if not found.checkpoints:
         raise _nothing(paths, found.passed_over)
@@ -226,7 +230,7 @@ def _with_step(checkpoint: Checkpoint, choice: Choice) -> Checkpoint:
     """Return the checkpoint with its step: the stored one wins, a name that differs is noted."""
     told = _told_step(checkpoint, compile_step_from(choice.step_from))
     stored = stored_step(checkpoint) or _recorded_step(checkpoint)
-    if stored is None or (choice.step_from is not None and told is not None):
+    if stored is None:
         return dataclasses.replace(checkpoint, step=told)
     notes = checkpoint.notes
     if told is not None and told != stored.value:
@@ -262,12 +266,8 @@ def _settle(root: str, checkpoints: list[Checkpoint], passed_over: list[PassedOv
     taken = []
     for checkpoint in checkpoints:
         at_root = os.path.dirname(checkpoint.path) == root.rstrip("/")
-        if (
-            checkpoint.step is None
-            and numbered_folders
-            and at_root
-            and os.path.isfile(checkpoint.path)
-        ):
+        unnumbered = os.path.isfile(checkpoint.path) and step_from_name(checkpoint.name) is None
+        if numbered_folders and at_root and unnumbered:
             passed_over.append(PassedOver(checkpoint.path, "unnumbered weights at the run's root"))
         else:
             taken.append(checkpoint)
@@ -334,9 +334,11 @@ def _filtered(run: Run, choice: Choice) -> Run:
     """Apply ``--steps`` (both ends included, every C-th from A) and then ``--last``."""
     kept = list(run.checkpoints)
     dropped: list[PassedOver] = []
+    unchosen: list[Checkpoint] = []
 
     def keep(test: Callable[[Checkpoint], bool], reason: str) -> None:
         dropped.extend(PassedOver(c.path, reason) for c in kept if not test(c))
+        unchosen.extend(c for c in kept if not test(c))
         kept[:] = [c for c in kept if test(c)]
 
     if choice.steps is not None:
@@ -353,5 +355,8 @@ def _filtered(run: Run, choice: Choice) -> Run:
         newest = {id(c) for c in kept[-choice.last :]}
         keep(lambda c: id(c) in newest, f"older than the last {choice.last}")
     return dataclasses.replace(
-        run, checkpoints=tuple(kept), passed_over=(*run.passed_over, *dropped)
+        run,
+        checkpoints=tuple(kept),
+        passed_over=(*run.passed_over, *dropped),
+        unchosen=tuple(unchosen),
     )

@@ -36,6 +36,8 @@ _LABELS = tuple(
 )
 _EPOCH = re.compile(r"(?:^|[^a-z])epochs?[=_-]?(\d+)", re.IGNORECASE)
 _NUMBER = re.compile(r"\d+")
+# What makes a number another one: 1e3, 1,200 and 100k are no steps we can read.
+_ODD = re.compile(r"e\d|,\d|[kmgbt](?![a-z])", re.IGNORECASE)
 
 
 class Step(NamedTuple):
@@ -59,9 +61,11 @@ def step_from_name(name: str, expression: re.Pattern[str] | None = None) -> int 
     text = _NOISE.sub(" ", _SUFFIX.sub("", name))
     for label in _LABELS:
         if match := label.search(text):
-            return _number(match[1])
+            return None if _ODD.match(text, match.end(1)) else _number(match[1])
     epochs = _EPOCH.findall(text)
     numbers = _NUMBER.findall(_EPOCH.sub(" ", text))
+    if any(_ODD.match(text, match.end()) for match in _NUMBER.finditer(text)):
+        return None
     if len(numbers) == 1:
         return _number(numbers[0])
     return _number(epochs[0]) if not numbers and len(epochs) == 1 else None

@@ -157,6 +157,7 @@ class Checkpoint:
         index: what it holds.
         step: the training step, or None when nothing tells it.
         notes: what was odd about it, but no reason to refuse it.
+        index_file: the file that lists its shards, or empty.
         within: its path inside the run's directory, where it was found by searching.
     """
 
@@ -165,6 +166,7 @@ class Checkpoint:
     index: Index
     step: int | None = None
     notes: tuple[str, ...] = ()
+    index_file: str = ""
     within: str = ""
 
     @property

@@ -69,7 +69,7 @@ def _dominance(plan: Plan, outcome: Outcome) -> Iterator[PlanWarning]:
             "first-dominates",
             f"average '{outcome.average.label}': the first checkpoint keeps {percent(first)} of "
             f"the weight, the other {len(inside) - 1} share the rest",
-            _first_hint(plan, outcome.average, active[0]),
+            _first_hint(plan, outcome.average, active[0], first),
         )
     if last > 0.9:
         yield PlanWarning(
@@ -86,7 +86,7 @@ def _inside(average: Average, plan: Plan) -> list[int]:
     return [k for k, inside in enumerate(taken) if inside]
 
 
-def _first_hint(plan: Plan, average: Average, first: int) -> str:
+def _first_hint(plan: Plan, average: Average, first: int, leaves: float) -> str:
     """Return the finished commands that were probably meant, with the share each would leave."""
     if not isinstance(average.family, Ema):
         return "a shorter half-life or a smaller width forgets the first checkpoint"
@@ -102,6 +102,8 @@ def _first_hint(plan: Plan, average: Average, first: int) -> str:
             share = schedule(meant, plan.run.steps, names).weights()[first]
         except EmaError:
             continue  # these steps do not allow it
+        if share >= leaves:
+            continue  # no help
         averages = tuple(
             meant if other is average else replace(other, num_updates=meant.num_updates)
             for other in plan.request.averages

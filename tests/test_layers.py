@@ -48,7 +48,7 @@ IMPORTERS = {
     "click": "cli",
     "rich": "views",
     "safetensors": "output",
-    "fastcrc": "output",
+    "fastcrc": "provenance",
     "ml_dtypes": "tensors",
 }
 

@@ -88,12 +88,12 @@ def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 )
 @click.pass_context
 def cli(ctx: click.Context) -> None:
-    r"""Average the checkpoints a training run left behind: exactly, offline, in constant memory.
+    """Average the checkpoints a training run left behind: exactly, offline, in constant memory.
 
-    \b
+    
     ema-avg plan RUN                       what would be averaged, with every weight
     ema-avg run RUN -o average.safetensors
-    """
+    """  # click looks for the character itself
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 

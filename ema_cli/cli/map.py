@@ -35,7 +35,22 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="What the restoring program asks for: a checkpoint, a list of names, or - for stdin.",
 )
-@options.select_options
+@click.option(
+    "--include",
+    cls=options.Option,
+    group="Average",
+    multiple=True,
+    metavar="GLOB",
+    help="Ask for these variables under their shadows' names.",
+)
+@click.option(
+    "--exclude",
+    cls=options.Option,
+    group="Average",
+    multiple=True,
+    metavar="GLOB",
+    help="Ask for these under their own names; the last match of both options wins.",
+)
 @options.name_option
 @click.option(
     "--python", cls=options.Option, group="Output", is_flag=True, help="Print code for TensorFlow."

@@ -69,7 +69,7 @@ class Command(click.Command):
         records: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
+            if record is not None and isinstance(parameter, click.Option):
                 records.setdefault(getattr(parameter, "group", "Common"), []).append(record)
         for group in GROUPS:
             if group in records:
@@ -130,7 +130,11 @@ def _configure(ctx: click.Context, _: click.Parameter, path: str | None) -> None
         if word.startswith("--") and word != "--config"
     }
     defaults: dict[str, Any] = {}
-    for name, value in document.get(ctx.info_name or "", {}).items():
+    table = document.get(ctx.info_name or "", {})
+    if ctx.info_name == "plan":  # what a run would do: its table counts too
+        shared = {k: v for k, v in document.get("run", {}).items() if k in known}
+        table = {**shared, **table}
+    for name, value in table.items():
         if name not in known:
             close = near_misses(name, known)
             raise UsageError(
@@ -156,7 +160,8 @@ common_options = _apply(
             is_eager=True,
             expose_value=False,
             callback=_configure,
-            help="Defaults from a TOML file.",
+            help="Defaults from a TOML file, a table per command; EMA_AVG_RUN_DECAY and "
+            "the like come before it.",
         ),
     ]
 )
@@ -196,7 +201,12 @@ input_options = _apply(
     [
         _option("Input", "--glob", metavar="GLOB", help="Entries to consider; may contain '/'."),
         _option("Input", "--last", type=int, metavar="N", help="Only the newest N checkpoints."),
-        _option("Input", "--steps", metavar="A:B[:C]", help="Only steps A to B, every C-th."),
+        _option(
+            "Input",
+            "--steps",
+            metavar="A:B[:C]",
+            help="Only steps A to B; with C, where C divides step - A.",
+        ),
         _option(
             "Input", "--step-from", metavar="REGEX", help="The step in a name: the first group."
         ),

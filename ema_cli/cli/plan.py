@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 @options.input_options
 @options.average_options
 @click.option(
-    "-o", "--output", cls=options.Option, group="Output", metavar="OUT", help="As for run."
+    "-o",
+    "--output",
+    cls=options.Option,
+    group="Output",
+    metavar="OUT",
+    help="Where a run would write.",
 )
 @options.output_options
 @options.workers_option
@@ -53,19 +58,23 @@ def split(ctx: click.Context, given: dict[str, Any]) -> tuple[Out, dict[str, Any
     return out, given
 
 
-def show(out: Out, arguments: dict[str, Any]) -> int:
+def show(out: Out, arguments: dict[str, Any], *, overwrite: bool = False) -> int:
     """Make and print the plan; returns the exit code."""
     from ema_cli import api, running
     from ema_cli.cli import planview
+    from ema_cli.errors import OutputExists
+    from ema_cli.output import check_destination
     from ema_cli.warnings import warnings
 
     made = api.plan_run(**arguments)
-    found = warnings(made)
-    if arguments["strict"]:
-        running.refuse_warnings(found, made.run)
     planview.passed_over(out, made.run)
-    for warning in found:
+    for warning in warnings(made):
         out.warning(*warning)
+    for outcome in made.outcomes if made.request.output else ():
+        try:
+            check_destination(outcome.layout, running.all_inputs(made), overwrite=overwrite)
+        except OutputExists as error:
+            out.warning("output-exists", error.message, error.hint)
     planview.show(out, made)
     out.document("result", command="plan", **document(made))
     out.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -133,7 +134,11 @@ def _counted(out: Out, word: str, reasons: Counter[str]) -> None:
 def loading(outcome: Outcome) -> str:
     """Return the command or line of code that loads an output."""
     path, layout = outcome.layout.path, outcome.layout
-    if layout.folder:
+    if layout.folder and layout.names == "variable":
+        names = [file.name for file in layout.files]
+        if "config.json" not in names:
+            weights = os.path.join(path, names[0])
+            return f"safetensors.numpy.load_file({shorten(weights, 1000)!r})"
         return f"AutoModel.from_pretrained({shorten(path, 1000)!r})"
     if layout.names == "shadow":
         return command("ema-avg", "map", path)

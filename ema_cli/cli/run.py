@@ -9,6 +9,7 @@ import click
 from ema_cli.cli import options
 from ema_cli.cli.options import Command
 from ema_cli.cli.plan import document, show, split
+from ema_cli.errors import UsageError
 from ema_cli.text import plural, printable, size
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     cls=options.Option,
     group="Output",
     metavar="OUT",
-    required=True,
     help="Where the result goes; may hold {step} and {average}.",
 )
 @options.output_options
@@ -49,8 +49,9 @@ def run(ctx: click.Context, /, **given: Any) -> int:
     """
     out, arguments = split(ctx, given)
     if arguments.pop("dry_run"):
-        arguments.pop("overwrite")
-        return show(out, arguments)
+        return show(out, arguments, overwrite=arguments.pop("overwrite"))
+    if arguments["output"] is None:
+        raise UsageError("expected -o OUT: where the result goes")
     return _carry_out(out, arguments)
 
 

@@ -6,6 +6,7 @@ may be symbolic links, as they are in hub caches; their names must be bare file 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -88,13 +89,13 @@ def _read_sharded(path: str, folder: str, index_name: str, known: Known) -> Chec
     shards = sorted(set(weight_map.values()))
     checkpoint = _assemble(path, folder, shards, known)
     _check_weight_map(index_path, weight_map, checkpoint.index)
+    notes: tuple[str, ...] = ()
     if total_size is not None and total_size != checkpoint.index.nbytes:
-        note = (
+        notes = (
             f"{shorten(index_path, 1000)}: total_size says {total_size:,} bytes, "
-            f"the shards hold {checkpoint.index.nbytes:,}"
+            f"the shards hold {checkpoint.index.nbytes:,}",
         )
-        return Checkpoint(path, checkpoint.files, checkpoint.index, notes=(note,))
-    return checkpoint
+    return dataclasses.replace(checkpoint, notes=notes, index_file=index_path)
 
 
 def _weight_map(path: str) -> tuple[dict[str, str], float | None]:
