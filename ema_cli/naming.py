@@ -187,7 +187,7 @@ def check_distinct(names: Iterable[tuple[str, str]]) -> None:
 
 def _check_name(name: str, source: str) -> None:
     """Raise `Disagreement` for a name no checkpoint can hold."""
-    if name in ("", "__metadata__") or not _encodable(name):
+    if name == "__metadata__" or not _encodable(name):
         raise Disagreement(
             f"'{shorten(source)}' would be called '{shorten(name)}', which no checkpoint can hold"
         )

@@ -54,9 +54,9 @@ def make(request: Request, towards: str | None) -> tuple[Plan, Layout, Renamed]:
     entries = [e._replace(name=naming.apply_rules(e.name, rules)) for e in entries]
     naming.check_distinct((entry.name, entry.source) for entry in entries)
     changed = tuple((e.source, e.name) for e in entries if e.name != e.source)
-    if not changed:
-        raise _nothing(request, towards)
     layout = lay_out_entries(path, checkpoint, entries, wishes)
+    if not changed and layout.format == checkpoint.index.format:
+        raise _nothing(request, towards)
     renamed = Renamed(path, changed, tuple(replaced), tuple(left_out), len(entries) - len(changed))
     return _plan(request, checkpoint, layout), layout, renamed
 

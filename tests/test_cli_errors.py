@@ -241,7 +241,7 @@ def test_flag_beats_environment_beats_file_beats_default(
 def test_each_command_has_its_own_table_and_variables(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``[run]`` and ``EMA_AVG_RUN_…`` are for ``run`` only, whatever the order of options."""
+    """``EMA_AVG_RUN_…`` is for ``run`` only; a plan takes the table ``[run]`` as a run does."""
     config = tmp_path / "ema.toml"
     config.write_text("[run]\naverage = ['mean']\nnames = 'variable'\nexclude = ['w*']\n")
     monkeypatch.setenv("EMA_AVG_RUN_INCLUDE", "w")
@@ -252,7 +252,7 @@ def test_each_command_has_its_own_table_and_variables(
     assert kept["average"]["spec"] == "mean"
     assert kept["output"]["names"] == "variable"
     assert kept["averaged"] == ["w"]
-    assert spec(run, "--config", config) == "ema:0.999"
+    assert spec(run, "--include", "w", "--config", config) == "mean"
 
 
 @pytest.mark.parametrize(

@@ -212,11 +212,13 @@ def test_a_stored_step_that_agrees_with_the_name_is_not_worth_a_word(tmp_path: P
     assert find([str(path)], Choice()).notes == ()
 
 
-def test_step_from_beats_the_stored_step(tmp_path: Path) -> None:
-    """Who gives --step-from means it, whatever is stored inside."""
+def test_the_stored_step_beats_step_from(tmp_path: Path) -> None:
+    """--step-from reads the name; a stored step wins, and a name that differs is noted."""
     path = tmp_path / "model-a500.safetensors"
     write_checkpoint(path, {"w": np.float32([1]), "global_step": np.array(510)})
-    assert find([str(path)], Choice(step_from=r"a(\d+)")).steps == [500]
+    found = find([str(path)], Choice(step_from=r"a(\d+)"))
+    assert found.steps == [510]
+    assert "its name says 500" in found.notes[0]
 
 
 # ---------------------------------------------------------------------------- trainer_state.json
