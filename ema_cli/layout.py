@@ -135,7 +135,7 @@ def output_format(path: str, wishes: Wishes, last: Checkpoint) -> str:
     if path.endswith("/") and not FORMATS[chosen].folder:
         raise UsageError(
             f"-o {shorten(path)}: expected the name of a file, found that of a directory",
-            f"-o {shorten(path)}average.safetensors",
+            f"-o {shorten(path)}average.safetensors, or a folder with --format {sharded.NAME}",
         )
     if wishes.max_shard_size is not None and not FORMATS[chosen].folder:
         raise UsageError(

@@ -193,7 +193,8 @@ def _outcomes(
         last = run.checkpoints[chosen.last]
         refuse_quantized(os.path.dirname(last.files[0].path))
         if id(last.index) not in selections:
-            selection = select(last.index, request.rules, request.statistics, name)
+            where = f"{shorten(last.path, 1000)}: "
+            selection = select(last.index, request.rules, request.statistics, name, where)
             others = [run.checkpoints[k] for k in used]
             check_agreement(selection, last, others, request.rules, request.statistics, name)
             selections[id(last.index)] = selection

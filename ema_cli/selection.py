@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from ema_cli.errors import Disagreement, NothingToAverage, UnsupportedInput
-from ema_cli.naming import Role, Rule, check_rules, matches, role_of, ruling
-from ema_cli.tensors import Checkpoint, Index, Tensor, describe
+from ema_cli.naming import Role, Rule, check_rules, role_of, ruling
+from ema_cli.tensors import Checkpoint, DType, Index, Tensor, describe
 from ema_cli.text import near_misses, shorten
 
 STATISTICS = ("average", "copy")
@@ -53,8 +53,12 @@ class Selection:
     replaced: tuple[Tensor, ...]
 
 
-def select(index: Index, rules: Sequence[Rule], statistics: str, name: str) -> Selection:
+def select(
+    index: Index, rules: Sequence[Rule], statistics: str, name: str, where: str = ""
+) -> Selection:
     """Return what happens to each tensor of `index`; `name` is that of the shadows.
+
+    `where` begins the messages, e.g. ``"PATH: "``.
 
     Raises `Disagreement` for a rule that asks for what cannot be averaged, `UnsupportedInput`
     for quantised models, `NothingToAverage` when no tensor is averaged.
@@ -62,14 +66,14 @@ def select(index: Index, rules: Sequence[Rule], statistics: str, name: str) -> S
     _refuse_named(rules, index)
     choices = [_choose(tensor, rules, statistics, name) for tensor in index.tensors]
     choices = _replace_shadows(choices, name)
-    _refuse_quantized(choices, index)
+    _refuse_quantized(choices, index, where)
 
     def taken(action: str) -> tuple[Tensor, ...]:
         return tuple(choice.tensor for choice in choices if choice.action == action)
 
     if not taken(AVERAGED):
         raise NothingToAverage(
-            f"none of the {len(index.tensors):,} tensors is averaged",
+            f"{where}none of the {len(index.tensors):,} tensors is averaged",
             "see what they are with ema-avg inspect, and choose some with --include 'GLOB'",
         )
     copied = tuple(choice for choice in choices if choice.action == COPIED)
@@ -140,21 +144,22 @@ def _refuse_named(rules: Sequence[Rule], index: Index) -> None:
             )
 
 
-def _refuse_quantized(choices: Iterable[Choice], index: Index) -> None:
+def _refuse_quantized(choices: Iterable[Choice], index: Index, where: str) -> None:
     for tensor in index.tensors:
         match = _SCALES.fullmatch(tensor.name)
         packed = match and _packed_beside(match[1], index)
         if packed:
             raise UnsupportedInput(
-                f"the model is quantised: '{shorten(tensor.name)}' scales '{shorten(packed.name)}' "
-                f"({packed.dtype}), and an average of quantised numbers is none",
+                f"{where}the model is quantised: '{shorten(tensor.name)}' scales "
+                f"'{shorten(packed.name)}' ({packed.dtype}), and an average of quantised numbers "
+                "is none",
                 "dequantise the checkpoints first, then average the result",
             )
     refused = next((choice.tensor for choice in choices if choice.action == "refused"), None)
     if refused is not None:
         raise UnsupportedInput(
-            f"tensor '{shorten(refused.name)}': expected float16, bfloat16, float32 or float64, "
-            f"found {refused.dtype}",
+            f"{where}tensor '{shorten(refused.name)}': expected float16, bfloat16, float32 or "
+            f"float64, found {refused.dtype}",
             f"copy it from the last checkpoint: --exclude '{shorten(refused.name)}'",
         )
 
@@ -187,8 +192,8 @@ def check_agreement(
             continue
         checked.add(id(checkpoint.index))
         where = shorten(checkpoint.path, 1000)
-        for tensor_name, expected in wanted.items():
-            _check_tensor(where, tensor_name, expected, checkpoint.index)
+        for tensor_name in wanted:
+            _check_tensor(where, tensor_name, wanted, checkpoint.index)
         for tensor in checkpoint.index.tensors:
             if tensor.name in wanted or tensor.name in last.index.by_name:
                 continue
@@ -200,11 +205,13 @@ def check_agreement(
                 )
 
 
-def _check_tensor(where: str, name: str, expected: tuple[object, ...], index: Index) -> None:
-    tensor = index.by_name.get(name)
-    shown = describe(*expected)  # type: ignore[arg-type]
+def _check_tensor(
+    where: str, name: str, wanted: Mapping[str, tuple[DType, tuple[int, ...]]], index: Index
+) -> None:
+    tensor, expected = index.by_name.get(name), wanted[name]
+    shown = describe(*expected)
     if tensor is None:
-        close = near_misses(name, index.by_name)
+        close = near_misses(name, [other for other in index.by_name if other not in wanted])
         found = f"; it has '{shorten(close[0])}'" if close else ""
         raise Disagreement(
             f"{where}: tensor '{shorten(name)}' is missing: expected {shown}{found}",
@@ -220,11 +227,6 @@ def _check_tensor(where: str, name: str, expected: tuple[object, ...], index: In
 
 def _exclude_hint(name: str) -> str:
     return (
-        f"copy it from the last checkpoint with --exclude '{shorten(name)}', or take fewer "
-        "checkpoints with --steps or --last"
+        "leave that checkpoint out with --glob, --steps or --last, or, if it is not one of the "
+        f"weights, copy it from the last one with --exclude '{shorten(name)}'"
     )
-
-
-def matched(patterns: Sequence[str], tensors: Iterable[str]) -> list[str]:
-    """Return those of `tensors` that any of the globs matches, in order."""
-    return [name for name in tensors if any(matches(pattern, name) for pattern in patterns)]

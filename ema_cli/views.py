@@ -51,11 +51,13 @@ class Out:
 
     def line(self, text: str = "") -> None:
         """Write one line of data, unless JSON was asked for."""
+        self.end_progress()
         if not self.as_json:
             self._stdout.write(text + "\n")
 
     def document(self, kind: str, **fields: Any) -> None:
         """Write one JSON line, if JSON was asked for."""
+        self.end_progress()
         if self.as_json:
             document = _finite({"type": kind, "schema": SCHEMA, **fields})
             text = json.dumps(document, allow_nan=False, default=str)
@@ -94,6 +96,7 @@ class Out:
 
     def say(self, text: str) -> None:
         """Write a line of talk."""
+        self.end_progress()
         if not self.quiet:
             self._stderr.write(text + "\n")
 
@@ -111,7 +114,6 @@ class Out:
 
     def error(self, error: EmaError) -> None:
         """Write an error: what and where, then a blank line and the hint."""
-        self._progress.clear()
         self.document(
             "error",
             code=error.exit_code,
@@ -129,13 +131,18 @@ class Out:
             self._stderr.write(f"{'hint: ' if number == 0 else '      '}{text}\n")
 
     def progress(self, event: Progress) -> None:
-        """Show how far a run is: one changing line, on a terminal only."""
-        if not self.quiet and not self.as_json and self._stderr.isatty():
+        """Show how far a run is: one changing line, on a terminal that can change it."""
+        dumb = os.environ.get("TERM") == "dumb"
+        if not self.quiet and not self.as_json and not dumb and self._stderr.isatty():
             self._progress.show(event)
+
+    def end_progress(self) -> None:
+        """Take the progress line away; whatever is written next stands on a line of its own."""
+        self._progress.clear()
 
     def flush(self) -> None:
         """Write out what is buffered; raises `BrokenPipeError` when nobody reads."""
-        self._progress.clear()
+        self.end_progress()
         self._stdout.flush()
 
 
@@ -165,6 +172,7 @@ class _Progress:
     def clear(self) -> None:
         if self._visible:
             self._stream.write("\r\x1b[K")
+            self._stream.flush()
             self._visible = False
 
 

@@ -19,6 +19,9 @@ from ema_cli.text import command, percent, plural, shorten, size
 
 # With init=zeros or zero_debias and num_updates the weights miss 1 by far more than rounding.
 _SUM_TOLERANCE = 1e-3
+# The shares from which the first or the last checkpoint dominates.
+_FIRST = 0.5
+_LAST = 0.9
 _SIGNIFICAND = {"float16": 11, "bfloat16": 8}
 
 
@@ -30,11 +33,14 @@ class PlanWarning(NamedTuple):
     hint: str = ""
 
 
-def warnings(plan: Plan) -> list[PlanWarning]:
-    """Return the warnings of a plan, in the order of its averages."""
+def warnings(plan: Plan, *, again: bool = False) -> list[PlanWarning]:
+    """Return the warnings of a plan, in the order of its averages.
+
+    `again`: the commands in the hints are meant to follow this very run, whose output they replace.
+    """
     found: list[PlanWarning] = []
     for outcome in plan.outcomes:
-        found.extend(_dominance(plan, outcome))
+        found.extend(_dominance(plan, outcome, again))
         found.extend(_ramp(plan, outcome))
         found.extend(_sum(outcome))
         found.extend(_frozen(plan, outcome))
@@ -56,7 +62,7 @@ def _active(outcome: Outcome, plan: Plan) -> list[int]:
     return [k for k, c in enumerate(coefficients) if c]
 
 
-def _dominance(plan: Plan, outcome: Outcome) -> Iterator[PlanWarning]:
+def _dominance(plan: Plan, outcome: Outcome, again: bool) -> Iterator[PlanWarning]:
     """The field's classic: a decay meant per training step, applied once per checkpoint."""
     active = _active(outcome, plan)
     inside = _inside(outcome.average, plan)
@@ -64,14 +70,14 @@ def _dominance(plan: Plan, outcome: Outcome) -> Iterator[PlanWarning]:
         return
     family = outcome.average.family
     first, last = outcome.weights[active[0]], outcome.weights[inside[-1]]
-    if isinstance(family, Ema | HalfLife | Power) and active[0] == inside[0] and first > 0.5:
+    if isinstance(family, Ema | HalfLife | Power) and active[0] == inside[0] and first > _FIRST:
         yield PlanWarning(
             "first-dominates",
             f"average '{outcome.average.label}': the first checkpoint keeps {percent(first)} of "
-            f"the weight, the other {len(inside) - 1} share the rest",
-            _first_hint(plan, outcome.average, active[0], first),
+            f"the weight, {_others(len(inside) - 1)} the rest",
+            _first_hint(plan, outcome.average, active[0], again),
         )
-    if last > 0.9:
+    if last > _LAST:
         yield PlanWarning(
             "last-dominates",
             f"average '{outcome.average.label}': the last checkpoint has {percent(last)} of the "
@@ -80,13 +86,17 @@ def _dominance(plan: Plan, outcome: Outcome) -> Iterator[PlanWarning]:
         )
 
 
+def _others(count: int) -> str:
+    return "the other one has" if count == 1 else f"the other {count} share"
+
+
 def _inside(average: Average, plan: Plan) -> list[int]:
     steps = plan.run.steps
     taken = average.window.selects(steps) if average.window else [True] * len(steps)
     return [k for k, inside in enumerate(taken) if inside]
 
 
-def _first_hint(plan: Plan, average: Average, first: int, leaves: float) -> str:
+def _first_hint(plan: Plan, average: Average, first: int, again: bool) -> str:
     """Return the finished commands that were probably meant, with the share each would leave."""
     if not isinstance(average.family, Ema):
         return "a shorter half-life or a smaller width forgets the first checkpoint"
@@ -99,18 +109,19 @@ def _first_hint(plan: Plan, average: Average, first: int, leaves: float) -> str:
     lines = []
     for meant in options:
         try:
-            share = schedule(meant, plan.run.steps, names).weights()[first]
+            weights = schedule(meant, plan.run.steps, names).weights()
         except EmaError:
             continue  # these steps do not allow it
-        if share >= leaves:
-            continue  # no help
+        if weights[first] > _FIRST or max(weights) > _LAST:
+            continue  # no better
         averages = tuple(
             meant if other is average else replace(other, num_updates=meant.num_updates)
             for other in plan.request.averages
         )
         line = command(*run_words(plan.request, averages))
-        lines.append(f"{line}   (leaves {percent(share)} on the first)")
-    return "\n".join(lines)
+        more = " --overwrite" if again else ""
+        lines.append(f"{line}{more}  # leaves {percent(weights[first])} on the first")
+    return "\n".join(lines) or "a smaller decay forgets the first checkpoint"
 
 
 def _ramp(plan: Plan, outcome: Outcome) -> Iterator[PlanWarning]:

@@ -61,8 +61,8 @@ def test_stderr_tells_what_the_result_is_made_of(run: Path, tmp_path: Path) -> N
 def test_the_loading_line_for_shadows_is_a_command_that_runs(run: Path, tmp_path: Path) -> None:
     """The last hint of a run with shadow names is a finished ``ema-avg map`` command."""
     err = cmd("run", run, "-o", tmp_path / "it's o.safetensors", "--decay", "0.5").err
-    line = next(line for line in err.splitlines() if "load it: " in line)
-    words = shlex.split(line.split("load it: ")[1])
+    line = next(line for line in err.splitlines() if "check it: " in line)
+    words = shlex.split(line.split("check it: ")[1])
     assert words[0] == "ema-avg"
     assert f"w{SHADOW}" in cmd(*words[1:]).out
 

@@ -16,7 +16,7 @@ from helpers import cmd, dtype_of, read_checkpoint, write_checkpoint, write_run
 
 from ema_cli.text import percent
 
-HINT = re.compile(r"(ema-avg run .*)   \(leaves (.*) on the first\)")
+HINT = re.compile(r"(ema-avg run .*)  # leaves (.*) on the first")
 
 
 def make_run(folder: Path, count: int = 20, dtype: str = "float32") -> Path:
@@ -196,7 +196,7 @@ def first_weight(words: list[str]) -> float:
 def test_the_finished_commands_run_and_keep_their_promise(run: Path, options: list[str]) -> None:
     """Each command of the hint runs as printed and leaves the share it names on the first."""
     offered = commands(run, "-o", "o.safetensors", "--decay", "0.999", *options)
-    assert len(offered) == 2
+    assert len(offered) == (1 if "--step-from" in options else 2)  # steps 1 to 20 are too near
     for words, promised in offered:
         assert percent(first_weight(words)) == promised
         assert cmd(*words[1:], "--overwrite").out.split()[-1].startswith("o.safetensors")

@@ -175,7 +175,8 @@ def _as_ema_error(error: Exception) -> EmaError:
         hint = f"see {context.command_path} --help" if context else ""
         return UsageError(printable(error.format_message()), hint)
     if isinstance(error, OSError):
-        where = f"{printable(os.fsdecode(error.filename))}: " if error.filename else ""
+        named = printable(os.fsdecode(error.filename)) if error.filename else "standard output"
+        where = f"{named}: "
         return StorageError(f"{where}{os.strerror(error.errno or 0)}")
     if isinstance(error, MemoryError):
         return EmaError("out of memory", "use fewer --workers")

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 # More entries passed over for one reason are counted; -v lists them.
 MANY = 5
+RAMP = (
+    "no average was asked for: --decay 0.999 --num-updates count, TensorFlow's ramp "
+    "min(0.999, (1+n)/(10+n)); the ramp decides"
+)
 BATCH_NORM = (
     "batch-norm statistics are averaged too; with training data at hand, recompute them "
     "(torch.optim.swa_utils.update_bn)"
@@ -50,10 +54,7 @@ def show(out: Out, plan: Plan) -> None:
     where = f"{shorten(plan.request.paths[0], 1000)}: " if plan.run.searched else ""
     out.line(f"{where}{plural(len(checkpoints), 'checkpoint')}, {span}")
     if plan.request.implicit:
-        out.line(
-            "no average was asked for: --decay 0.999 --num-updates count, TensorFlow's ramp "
-            "min(0.999, (1+n)/(10+n)); the ramp decides"
-        )
+        out.line(RAMP)
     out.line()
     _weights(out, plan)
     out.line()
@@ -150,11 +151,14 @@ def summary(out: Out, plan: Plan, outcome: Outcome) -> None:
     weights: Sequence[float] = outcome.weights
     used = [k for k, weight in enumerate(weights) if weight]
     first, last = used[0], used[-1]
-    out.say(
-        f"{outcome.average.label}: {plural(len(used), 'checkpoint')} averaged, weights "
-        f"{percent(weights[first])} (step {plan.run.steps[first]:,}) to "
-        f"{percent(weights[last])} (step {plan.run.steps[last]:,})"
-    )
+    if len(used) == 1:
+        out.say(f"{outcome.average.label}: one checkpoint, step {plan.run.steps[first]:,}")
+    else:
+        out.say(
+            f"{outcome.average.label}: {len(used):,} checkpoints averaged, weights "
+            f"{percent(weights[first])} (step {plan.run.steps[first]:,}) to "
+            f"{percent(weights[last])} (step {plan.run.steps[last]:,})"
+        )
     for k in used:
         path = shorten(plan.run.checkpoints[k].path, 1000)
         out.detail(f"  used: {path} (step {plan.run.steps[k]:,}): {percent(weights[k])}")
@@ -170,4 +174,5 @@ def summary(out: Out, plan: Plan, outcome: Outcome) -> None:
         out.detail(f"  left out: {shorten(name)}: {reason}")
     if any(role_of(t.name, "") is Role.STATISTICS for t in selection.averaged):
         out.say(f"  {BATCH_NORM}")
-    out.say(f"  load it: {loading(outcome)}")
+    verb = "check it" if outcome.layout.names == "shadow" else "load it"
+    out.say(f"  {verb}: {loading(outcome)}")

@@ -64,10 +64,15 @@ def _carry_out(out: Out, arguments: dict[str, Any]) -> int:
     made = api.plan_run(**arguments)
     planview.passed_over(out, made.run)
     if not strict:
-        for warning in warnings(made):
+        for warning in warnings(made, again=True):
             out.warning(*warning)
+    if made.request.implicit:
+        out.say(planview.RAMP)
     out.document("plan", **document(made))
-    result = running.run_plan(made, overwrite=overwrite, strict=strict, on_event=out.progress)
+    try:
+        result = running.run_plan(made, overwrite=overwrite, strict=strict, on_event=out.progress)
+    finally:
+        out.end_progress()
     _tell(out, result)
     out.flush()
     return 3 if result.unusable else 0
