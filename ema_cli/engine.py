@@ -8,6 +8,7 @@ and may run twice, in threads or in other processes.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from ema_cli.files import Handles, handle_limit, open_unchanged, read_exact
 from ema_cli.layout import BIASED, COPY
 from ema_cli.plan import BLOCK_ELEMENTS, TASK_ELEMENTS, Plan, block_elements
 from ema_cli.ranges import Copy, Range, Target
-from ema_cli.tensors import DTYPES, Stamp, numpy_dtype
+from ema_cli.tensors import DTYPES, NumpyDType, Stamp, numpy_dtype
 
 COPY_BLOCK = 1 << 20
 
@@ -277,6 +278,22 @@ def _average(task: Task, piece: Piece, inputs: Handles, outputs: Handles) -> Don
     return Done(read, written)
 
 
+_KEPT = threading.local()
+
+
+def _reused(purpose: str, dtype: NumpyDType, elements: int) -> kernel.Array:
+    """Return this thread's array for one purpose, kept from task to task.
+
+    Memory the kernel gives anew is cleared page by page, which costs as much as averaging in it.
+    """
+    n_bytes = elements * dtype.itemsize
+    kept: kernel.Array | None = getattr(_KEPT, purpose, None)
+    if kept is None or len(kept) < n_bytes:
+        kept = np.empty(n_bytes, np.uint8)
+        setattr(_KEPT, purpose, kept)
+    return kept[:n_bytes].view(dtype)
+
+
 class _Buffers:
     """The arrays a worker reuses for all blocks of a piece, and what it does with each source.
 
@@ -289,12 +306,14 @@ class _Buffers:
     def __init__(self, piece: Piece, block: int) -> None:
         shadow = numpy_dtype(piece.shadow)
         raw = {
-            dtype: np.empty(block, numpy_dtype(dtype))
+            dtype: _reused(f"raw {dtype}", numpy_dtype(dtype), block)
             for dtype in {source.dtype for source in piece.sources}
         }
-        self.value = np.empty(block, shadow)
-        self.scratch = np.empty(block, shadow)
-        self.shadows = [np.empty(block, shadow) for _ in piece.accumulators]
+        self.value = _reused("value", shadow, block)
+        self.scratch = _reused("scratch", shadow, block)
+        self.shadows = [
+            _reused(f"shadow {k}", shadow, block) for k in range(len(piece.accumulators))
+        ]
         self.steps: list[tuple[Source, kernel.Array, list[tuple[int, Any]]]] = []
         for k, source in enumerate(piece.sources):
             coefficients = [
@@ -324,7 +343,7 @@ class _Buffers:
         if wanted == shadow.dtype:
             return shadow
         if target.dtype not in self._out:
-            self._out[target.dtype] = np.empty(len(self.scratch), wanted)
+            self._out[target.dtype] = _reused(f"out {target.dtype}", wanted, len(self.scratch))
         out: kernel.Array = self._out[target.dtype][:count]
         kernel.narrow(shadow, out)
         return out
