@@ -280,6 +280,7 @@ def rename(
     overwrite: bool = False,
     workers: int | None = None,
     executor: Executor | None = None,
+    dry_run: bool = False,
 ) -> renaming.Renamed:
     """Write a copy of a checkpoint under other names; the values stay bit for bit.
 
@@ -294,6 +295,7 @@ def rename(
         overwrite: replace an existing output.
         workers: threads; default from affinity and cgroup limits.
         executor: any `concurrent.futures.Executor`; threads when None.
+        dry_run: only return what would be renamed.
 
     Raises `Disagreement` when two tensors would get one name or nothing would be renamed.
     """
@@ -309,6 +311,8 @@ def rename(
     )
     plan, layout, renamed = renaming.make(request, towards=names)
     check_destination(layout, plan.inputs, overwrite=overwrite)
+    if dry_run:
+        return renamed
     document = renaming.describe(layout, plan.run.checkpoints[0], renamed)
     produce(plan, [layout], [(document, "")], executor, overwrite=overwrite)
     return renamed

@@ -21,7 +21,7 @@ from ema_cli.cli import cli
 
 # What only a terminal needs, and what only a program can give.
 TERMINAL = {"dry_run", "json", "quiet", "verbose", "no_color", "config", "help", "python"}
-PROGRAM = {"executor", "on_event"}
+PROGRAM = {"executor", "on_event", "dry_run"}
 PAIRS: list[tuple[str, Callable[..., Any]]] = [
     ("run", ema_cli.average_run),
     ("plan", ema_cli.plan_run),

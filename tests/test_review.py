@@ -160,6 +160,14 @@ def test_a_renaming_that_renames_nothing_is_an_error(run: Path, tmp_path: Path) 
     assert read_checkpoint(folder / "model.safetensors").keys() == {"w"}
 
 
+def test_a_dry_renaming_writes_nothing(run: Path, tmp_path: Path) -> None:
+    """`rename -n` tells every new name and leaves the disk alone."""
+    source, out = run / "model-step-100.safetensors", tmp_path / "a.safetensors"
+    told = cmd("rename", source, "-o", out, "--names", "shadow", "-n").err
+    assert "renamed: w to w/ExponentialMovingAverage" in told
+    assert sorted(tmp_path.iterdir()) == [run]
+
+
 @pytest.mark.parametrize("name", ["step=1e3", "ckpt-1e5", "step-1,200", "100k"])
 def test_numbers_we_cannot_read_are_no_steps(tmp_path: Path, name: str) -> None:
     """Better to ask for --step-from than to take 1 for 1e3."""

@@ -40,6 +40,9 @@ from ema_cli.views import Out
 @options.format_option
 @options.overwrite_option
 @options.workers_option
+@click.option(
+    "-n", "--dry-run", cls=options.Option, is_flag=True, help="Tell what would be renamed."
+)
 @options.common_options
 def rename(checkpoint: str, output: str, **given: Any) -> int:
     """Write a copy of a checkpoint under other names; the values stay bit for bit."""
@@ -52,8 +55,9 @@ def rename(checkpoint: str, output: str, **given: Any) -> int:
         color=not given.pop("no_color"),
     )
     done = api.rename(checkpoint, output, **given)
+    tell = out.say if given["dry_run"] else out.detail
     for old, new in done.renamed:
-        out.detail(f"renamed: {shorten(old)} to {shorten(new)}")
+        tell(f"renamed: {shorten(old)} to {shorten(new)}")
     for name in done.replaced:
         out.say(f"replaced by its shadow: {shorten(name)}")
     for name in done.left_out:
