@@ -207,10 +207,9 @@ def average_run(
         max_shard_size=max_shard_size,
         optimizer=optimizer,
         workers=workers,
+        strict=strict,
     )
-    result = run_plan(
-        plan, overwrite=overwrite, strict=strict, executor=executor, on_event=on_event
-    )
+    result = run_plan(plan, overwrite=overwrite, executor=executor, on_event=on_event)
     return dataclasses.replace(result, seconds=time.monotonic() - started)
 
 

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import cast
 
 from ema_cli.errors import Locked, storage_errors
@@ -223,8 +223,6 @@ def remove(path: str) -> None:
             os.unlink(path)
 
 
-def temporaries_of(names: Sequence[str]) -> Iterator[str]:
-    """Yield those of `names` that an interrupted run of ours may have left."""
-    for name in names:
-        if name.startswith(".") and name.endswith((TEMPORARY_SUFFIX, ASIDE_SUFFIX)):
-            yield name
+def is_temporary(name: str) -> bool:
+    """Whether an interrupted run of ours may have left a file of this name."""
+    return name.startswith(".") and name.endswith((TEMPORARY_SUFFIX, ASIDE_SUFFIX))

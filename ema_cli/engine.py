@@ -23,6 +23,7 @@ from ema_cli.files import Handles, handle_limit, open_unchanged, read_exact
 from ema_cli.layout import BIASED, COPY
 from ema_cli.plan import BLOCK_ELEMENTS, TASK_ELEMENTS, Plan, block_elements
 from ema_cli.ranges import Copy, Range, Target
+from ema_cli.schedules import counting
 from ema_cli.tensors import DTYPES, NumpyDType, Stamp, numpy_dtype
 
 COPY_BLOCK = 1 << 20
@@ -148,25 +149,22 @@ def tasks(plan: Plan, outputs: Sequence[str]) -> Iterator[Task]:
     handles = handle_limit(plan.request.workers)
     check = plan.request.non_finite == "error"
     block = block_elements(BLOCK_ELEMENTS, plan.request.workers, max(len(plan.schedules), 1))
+    paths = tuple(outputs)
     batch: list[Piece] = []
     filled = 0
     for piece in pieces(plan):
         batch.append(piece)
         filled += piece.elements
         if filled >= TASK_ELEMENTS:
-            yield Task(plan.inputs, tuple(outputs), tuple(batch), handles, check, block)
+            yield Task(plan.inputs, paths, tuple(batch), handles, check, block)
             batch, filled = [], 0
     if batch:
-        yield Task(plan.inputs, tuple(outputs), tuple(batch), handles, check, block)
+        yield Task(plan.inputs, paths, tuple(batch), handles, check, block)
 
 
 def pieces(plan: Plan) -> Iterator[Piece]:
     """Yield the ranges and copies of a plan, cut into pieces of at most a task."""
-    used = [
-        k
-        for k in range(len(plan.run.checkpoints))
-        if any(schedule.coefficients[k] for schedule in plan.schedules)
-    ]
+    used = counting(plan.schedules)
     coefficients = [tuple(schedule.coefficients[k] for k in used) for schedule in plan.schedules]
     for work in plan.averaged:
         shadow = kernel.shadow_dtype(work.dtype, plan.request.shadow_dtype)
@@ -320,9 +318,9 @@ class _Buffers:
                 (ordinal, kernel.cast_coefficient(accumulator.coefficients[k], piece.shadow))
                 for ordinal, accumulator in enumerate(piece.accumulators)
             ]
-            counting = [(ordinal, c) for ordinal, c in coefficients if c != 0]
-            if counting:
-                self.steps.append((source, raw[source.dtype], counting))
+            mixed = [(ordinal, c) for ordinal, c in coefficients if c != 0]
+            if mixed:
+                self.steps.append((source, raw[source.dtype], mixed))
         copied_first = {
             ordinal
             for ordinal, accumulator in enumerate(piece.accumulators)
@@ -361,9 +359,9 @@ def _mix(task: Task, buffers: _Buffers, inputs: Handles, start: int, count: int)
     alone = len(shadows) == 1
     for ordinal in buffers.from_zero:
         shadows[ordinal].fill(0)
-    for source, buffer, counting in buffers.steps:
+    for source, buffer, mixed in buffers.steps:
         # A single average that is copied is read, or widened, straight into its accumulator.
-        into = shadows[0] if alone and counting[0][1] == 1 else value
+        into = shadows[0] if alone and mixed[0][1] == 1 else value
         raw = into if buffer.dtype == value.dtype else buffer[:count]
         offset = source.offset + start * raw.itemsize
         path = task.inputs[source.file].path
@@ -373,6 +371,6 @@ def _mix(task: Task, buffers: _Buffers, inputs: Handles, start: int, count: int)
             kernel.widen(raw, into)
         if into is not value:
             continue
-        for ordinal, c in counting:
+        for ordinal, c in mixed:
             kernel.update(shadows[ordinal], value, c, value if alone else scratch)
     return read

@@ -68,23 +68,27 @@ class Layout:
     Attributes:
         path: where it will be published.
         format: a key of `ema_cli.formats.FORMATS`.
-        template: whether it is a copy of the last checkpoint's structure.
         names: ``shadow`` or ``variable``.
         entries: its tensors.
         files: its files, in the order of `Extent.file`.
         places: where each entry's bytes go.
         left_out: input tensors that are not in the output, with the reason.
+        like: the index whose structure a template copies; None for a fresh layout.
     """
 
     path: str
     format: str
-    template: bool
     names: str
     entries: tuple[Entry, ...]
     files: tuple[File, ...]
     places: Mapping[str, Extent]
     left_out: tuple[tuple[str, str], ...]
     like: Index | None = None
+
+    @property
+    def template(self) -> bool:
+        """Whether it is a copy of the last checkpoint's structure."""
+        return self.like is not None
 
     @property
     def folder(self) -> bool:
@@ -201,7 +205,6 @@ def lay_out(
     return Layout(
         path,
         chosen,
-        template,
         names,
         tuple(entries),
         tuple(files),
@@ -219,7 +222,7 @@ def lay_out_entries(
     chosen = output_format(path, wishes, source)
     files, places = _fresh_files(entries, source, chosen, wishes)
     files += _side_files(source, chosen)
-    return Layout(path, chosen, False, wishes.names, tuple(entries), tuple(files), places, ())
+    return Layout(path, chosen, wishes.names, tuple(entries), tuple(files), places, ())
 
 
 def _entries(

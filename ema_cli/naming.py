@@ -105,11 +105,6 @@ class Rule(NamedTuple):
         """How the user wrote it."""
         return f"--{'include' if self.include else 'exclude'} '{shorten(self.pattern)}'"
 
-    @property
-    def exact(self) -> bool:
-        """Whether the pattern holds no wildcard."""
-        return not set(self.pattern) & set("*?[")
-
 
 @functools.cache
 def _glob(pattern: str) -> re.Pattern[str]:

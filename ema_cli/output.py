@@ -56,10 +56,14 @@ def _exists(shown: str) -> OutputExists:
 
 
 def _refuse_inputs(path: str, shown: str, inputs: Iterable[Stamp]) -> None:
-    real = os.path.realpath(path)
+    real, exists = os.path.realpath(path), os.path.exists(path)
     for stamp in inputs:
         source = os.path.realpath(stamp.path)
-        if source == real or source.startswith(real + os.sep) or _same_file(path, stamp):
+        if (
+            source == real
+            or source.startswith(real + os.sep)
+            or (exists and _same_file(path, stamp))
+        ):
             raise OutputExists(
                 f"{shown}: is an input, or holds one: {shorten(stamp.path, 1000)}",
                 "write to another name with -o",
@@ -133,9 +137,8 @@ class Unpublished:
         self._overwrite = overwrite
         self.destination = layout.path.rstrip("/")
         self.root = durable.beside(self.destination, durable.TEMPORARY_SUFFIX)
-        self.paths = [
-            os.path.join(self.root, f.name) if f.name else self.root for f in layout.files
-        ]
+        self._files = provenance.files_of(self.root, [file.name for file in layout.files])
+        self.paths = [path for _, path in self._files]
         self.notes: list[str] = []
         self._aside = durable.beside(self.destination, durable.ASIDE_SUFFIX)
         self._lock = -1
@@ -270,8 +273,7 @@ class Unpublished:
 
     def fingerprint(self) -> str:
         """Return the fingerprint the published output will have."""
-        names = [file.name for file in self.layout.files]
-        return provenance.fingerprint(list(zip(names, self.paths, strict=True)))
+        return provenance.fingerprint(self._files)
 
 
 def _is_weights(path: str, root: str) -> bool:

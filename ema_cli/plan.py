@@ -15,7 +15,7 @@ from ema_cli.formats.sharded import refuse_quantized
 from ema_cli.layout import Layout, Wishes, lay_out
 from ema_cli.naming import Rule
 from ema_cli.ranges import Copy, Destination, Range
-from ema_cli.schedules import Schedule, schedule
+from ema_cli.schedules import Schedule, counting, schedule
 from ema_cli.selection import Selection, check_agreement, check_rules_of, select
 from ema_cli.tensors import Checkpoint, Index, Stamp, numpy_dtype
 from ema_cli.text import shorten
@@ -121,7 +121,7 @@ def make(request: Request) -> Plan:
     known: Known = {}
     run = runs.find(request.paths, request.choice, known)
     schedules, ordinals = _schedules(request, run)
-    used = _used(run, schedules)
+    used = _used(schedules)
     check_rules_of(request.rules, (run.checkpoints[k].index for k in used))
     outcomes = _outcomes(request, run, schedules, ordinals, used)
     indexes, index_of = _distinct(run.checkpoints, used)
@@ -168,14 +168,9 @@ def _schedules(request: Request, run: runs.Run) -> tuple[list[Schedule], list[in
     return distinct, ordinals
 
 
-def _used(run: runs.Run, schedules: Sequence[Schedule]) -> list[int]:
+def _used(schedules: Sequence[Schedule]) -> list[int]:
     """Return the ordinals of the checkpoints that are read at all."""
-    lasts = {s.last for s in schedules}
-    return [
-        k
-        for k in range(len(run.checkpoints))
-        if k in lasts or any(s.coefficients[k] for s in schedules)
-    ]
+    return sorted({*counting(schedules), *(s.last for s in schedules)})
 
 
 def _outcomes(
@@ -273,8 +268,7 @@ def _costs(
     indexes: Sequence[Index],
     copies: Sequence[Copy],
 ) -> Costs:
-    count = len(schedules[0].coefficients)
-    passes = sum(any(s.coefficients[k] for s in schedules) for k in range(count))
+    passes = len(counting(schedules))
     averaged = sum(tensor.extent.nbytes for tensor in outcomes[0].selection.averaged)
     widest = max(
         (

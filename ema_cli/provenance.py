@@ -27,6 +27,11 @@ def path_for(output: str) -> str:
     return output.rstrip("/") + SUFFIX
 
 
+def _staged_for(output: str) -> str:
+    """Return where `stage` puts the provenance until the output is published."""
+    return durable.beside(path_for(output), durable.TEMPORARY_SUFFIX)
+
+
 def fingerprint(files: Sequence[tuple[str, str]]) -> str:
     """Return a digest that recognises an output without reading all of it.
 
@@ -84,8 +89,9 @@ def checksum(part: tuple[str, int, int]) -> int:
 def proves(document: Mapping[str, Any], output: str) -> bool:
     """Whether every byte of `output` is as `document` records it: reads all of it."""
     try:
-        for file in document["output"]["files"]:
-            path = os.path.join(output, file["name"]) if file["name"] else output
+        recorded = document["output"]["files"]
+        paths = [path for _, path in files_of(output, [file["name"] for file in recorded])]
+        for file, path in zip(recorded, paths, strict=True):
             parts = checksum_parts(path, file["size"])
             if [f"{checksum(part):08x}" for part in parts] != file["crc32c"]:
                 return False
@@ -96,9 +102,8 @@ def proves(document: Mapping[str, Any], output: str) -> bool:
 
 def load(output: str) -> Mapping[str, Any] | None:
     """Return the provenance of `output` if there is one and it still tells the truth."""
-    path = path_for(output)
-    staged = durable.beside(path, durable.TEMPORARY_SUFFIX)  # of a process killed just before
-    documents = (_read(p, output) for p in (path, staged) if os.path.isfile(p))
+    paths = (path_for(output), _staged_for(output))  # staged by a process killed just before
+    documents = (_read(path, output) for path in paths if os.path.isfile(path))
     return next((document for document in documents if document is not None), None)
 
 
@@ -141,7 +146,7 @@ def recover(output: str) -> None:
 
     The staged document gets its name if it tells the truth about the output.
     """
-    staged = durable.beside(path_for(output), durable.TEMPORARY_SUFFIX)
+    staged = _staged_for(output)
     if not os.path.isfile(staged) or os.path.islink(staged):
         return
     if _read(staged, output) is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ema_cli import machine, provenance
 from ema_cli.plan import Outcome, Plan
+from ema_cli.runs import Run
 from ema_cli.schedules import effective_count, mean_age
 
 
@@ -43,6 +44,14 @@ def describe(plan: Plan, outcome: Outcome) -> dict[str, Any]:
             "files": [{"name": file.name, "size": file.nbytes} for file in layout.files],
         },
     }
+
+
+def passed_over(run: Run) -> list[dict[str, Any]]:
+    """Return the entries of a run that were not taken, each with its reason."""
+    return [
+        {"path": entry.path, "reason": entry.reason, "unusable": entry.unusable}
+        for entry in run.passed_over
+    ]
 
 
 def copied(outcome: Outcome) -> list[tuple[str, str]]:

@@ -77,7 +77,6 @@ def run_plan(
     plan: Plan,
     *,
     overwrite: bool = False,
-    strict: bool = False,
     executor: Executor | None = None,
     on_event: OnEvent | None = None,
 ) -> RunResult:
@@ -86,8 +85,6 @@ def run_plan(
     if plan.request.output is None:
         raise UsageError("no output: expected -o OUT")
     found = tuple(warnings(plan))
-    if strict:
-        refuse_warnings(found, plan.run)
     documents = [_document(plan, outcome) for outcome in plan.outcomes]
     for outcome in plan.outcomes:
         if outcome.layout.folder:
@@ -128,7 +125,8 @@ def _unchanged(path: str, digest: str) -> bool:
 def all_inputs(plan: Plan) -> list[Stamp]:
     """Return every file of the run, of checkpoints that are not used too."""
     known = (*plan.run.checkpoints, *plan.run.unchosen)
-    return [*plan.inputs, *(stamp for checkpoint in known for stamp in checkpoint.files)]
+    stamps = (stamp for checkpoint in known for stamp in checkpoint.files)
+    return list(dict.fromkeys((*plan.inputs, *stamps)))
 
 
 def _document(plan: Plan, outcome: Outcome) -> Document:
@@ -159,8 +157,9 @@ def _write(
     layouts = [outcome.layout for outcome in plan.outcomes]
     if len({layout.path.rstrip("/") for layout in layouts}) < len(layouts):
         raise UsageError(f"-o {shorten(layouts[0].path)}: two averages have the same output")
+    inputs = all_inputs(plan)
     for layout in layouts:
-        check_destination(layout, all_inputs(plan), overwrite=overwrite)
+        check_destination(layout, inputs, overwrite=overwrite)
     return produce(plan, layouts, documents, executor, on_event, overwrite=overwrite)
 
 

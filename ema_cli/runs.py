@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ema_cli import formats, provenance
-from ema_cli.durable import temporaries_of
+from ema_cli.durable import is_temporary
 from ema_cli.errors import Disagreement, InputError, NothingToAverage, UsageError
 from ema_cli.formats import Known, foreign, sharded
 from ema_cli.steps import Step, compile_step_from, step_from_name, stored_step
@@ -167,7 +167,7 @@ def _reason_by_name(path: str, siblings: set[str]) -> PassedOver | None:
     name = os.path.basename(path)
     bare = name.lstrip(".")
     reason = ""
-    if any(temporaries_of([name])):
+    if is_temporary(name):
         reason = "left by an interrupted run of ema-avg"
     elif name.endswith(provenance.SUFFIX):
         reason = "tells where an output came from"
@@ -203,9 +203,10 @@ def _promising(path: str) -> bool:
 
 def _read(path: str, within: str, choice: Choice, known: Known) -> Checkpoint | PassedOver:
     try:
-        if formats.detect(path) is None:
+        name = formats.detect(path)
+        if name is None:
             return _foreign(path)
-        checkpoint = dataclasses.replace(formats.read(path, known), within=within)
+        checkpoint = dataclasses.replace(formats.read_as(name, path, known), within=within)
         return _with_step(checkpoint, choice)
     except InputError as error:
         reason = error.message.removeprefix(f"{shorten(path, 1000)}: ")

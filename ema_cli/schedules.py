@@ -293,6 +293,12 @@ def _listed(
     return weights
 
 
+def counting(schedules: Sequence[Schedule]) -> list[int]:
+    """Return the ordinals of the checkpoints that any of the schedules mixes in."""
+    together = zip(*(schedule.coefficients for schedule in schedules), strict=True)
+    return [k for k, coefficients in enumerate(together) if any(coefficients)]
+
+
 def effective_count(weights: Sequence[float]) -> float:
     """Return the effective number of checkpoints, (Σw)² / Σw²."""
     squares = math.fsum(w * w for w in weights)

@@ -172,7 +172,7 @@ def parse_weights(text: str, path: str) -> tuple[tuple[str, float], ...]:
         if not line or line.startswith("#"):
             continue
         where = f"{shorten(path)}: line {number}"
-        key, _, value = (part.strip(" \t,") for part in _last_field(line))
+        key, value = (part.strip(" \t,") for part in _last_field(line))
         try:
             weight = float(value)
         except ValueError:
@@ -189,12 +189,12 @@ def parse_weights(text: str, path: str) -> tuple[tuple[str, float], ...]:
     return tuple(table.items())
 
 
-def _last_field(line: str) -> tuple[str, str, str]:
+def _last_field(line: str) -> tuple[str, str]:
     """Split at the last comma or white space: names may hold both."""
     match = re.search(r"[\s,]+(?=[^\s,]*$)", line)
     if match is None:
-        return "", "", line
-    return line[: match.start()], "", line[match.end() :]
+        return "", line
+    return line[: match.start()], line[match.end() :]
 
 
 def parse_window(text: str) -> tuple[int | None, int | None, int | None]:

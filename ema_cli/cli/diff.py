@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import click
 
 from ema_cli.cli import options
 from ema_cli.cli.options import Command
 from ema_cli.text import plural
-from ema_cli.views import Out
 
 
 @click.command(
@@ -32,23 +32,14 @@ from ema_cli.views import Out
     help="Tolerance relative to B.",
 )
 @options.common_options
-def diff(
-    a: str,
-    b: str,
-    atol: float,
-    rtol: float,
-    json: bool,
-    quiet: bool,
-    verbose: bool,
-    no_color: bool,
-) -> int:
+def diff(a: str, b: str, atol: float, rtol: float, **given: Any) -> int:
     """Compare names, shapes, dtypes and values; exact unless a tolerance is given.
 
     With a tolerance two values agree when |a - b| <= atol + rtol * |b|.
     """
     from ema_cli import api
 
-    out = Out(as_json=json, quiet=quiet, verbose=verbose, color=not no_color)
+    out = options.way_out(given)
     found = api.diff(a, b, atol=atol, rtol=rtol)
     if found:
         out.table(

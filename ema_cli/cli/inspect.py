@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 @click.argument("path", metavar="PATH", type=click.Path())
 @options.name_option
 @options.common_options
-def inspect(path: str, name: str, json: bool, quiet: bool, verbose: bool, no_color: bool) -> int:
+def inspect(path: str, name: str, **given: Any) -> int:
     """Show the tensors of a checkpoint, or the checkpoints of a run; reads headers only."""
     from ema_cli import api, running
     from ema_cli.runs import Run
 
-    out = Out(as_json=json, quiet=quiet, verbose=verbose, color=not no_color)
+    out = options.way_out(given)
     found = api.inspect(path)
     code = 0
     if isinstance(found, Run):
@@ -44,6 +44,7 @@ def inspect(path: str, name: str, json: bool, quiet: bool, verbose: bool, no_col
 
 
 def _run(out: Out, run: Run) -> None:
+    from ema_cli import record
     from ema_cli.cli import planview
 
     planview.passed_over(out, run)
@@ -67,10 +68,7 @@ def _run(out: Out, run: Run) -> None:
             {"path": c.path, "step": c.step, "tensors": len(c.index.tensors), "bytes": n_bytes}
             for c, n_bytes in zip(run.checkpoints, sizes, strict=True)
         ],
-        passed_over=[
-            {"path": entry.path, "reason": entry.reason, "unusable": entry.unusable}
-            for entry in run.passed_over
-        ],
+        passed_over=record.passed_over(run),
         notes=list(run.notes),
     )
 

@@ -35,21 +35,9 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="What the restoring program asks for: a checkpoint, a list of names, or - for stdin.",
 )
-@click.option(
-    "--include",
-    cls=options.Option,
-    group="Average",
-    multiple=True,
-    metavar="GLOB",
-    help="Ask for these variables under their shadows' names.",
-)
-@click.option(
-    "--exclude",
-    cls=options.Option,
-    group="Average",
-    multiple=True,
-    metavar="GLOB",
-    help="Ask for these under their own names; the last match of both options wins.",
+@options.select_options(
+    "Ask for these variables under their shadows' names.",
+    "Ask for these under their own names; the last match of both options wins.",
 )
 @options.name_option
 @click.option(
@@ -67,12 +55,7 @@ def map_command(ctx: click.Context, /, checkpoint: str, **given: Any) -> int:
     from ema_cli import api
     from ema_cli.restoring import names_in
 
-    out = Out(
-        as_json=given["json"],
-        quiet=given["quiet"],
-        verbose=given["verbose"],
-        color=not given["no_color"],
-    )
+    out = options.way_out(given)
     program = names_in(sys.stdin) if given["program"] == "-" else given["program"]
     select = options.selected(ctx, given["include"], given["exclude"])
     found = api.restore_map(checkpoint, program=program, select=select, name=given["name"])

@@ -10,6 +10,7 @@ import click
 
 from ema_cli.errors import EXIT_CODES, UsageError
 from ema_cli.text import near_misses, shorten
+from ema_cli.views import Out
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -166,28 +167,32 @@ common_options = _apply(
     ]
 )
 
+
+def way_out(given: dict[str, Any]) -> Out:
+    """Take the common options out of a command's arguments; returns its way to the user."""
+    return Out(
+        as_json=given.pop("json"),
+        quiet=given.pop("quiet"),
+        verbose=given.pop("verbose"),
+        color=not given.pop("no_color"),
+    )
+
+
 strict_option = _option(
     "Common", "--strict", is_flag=True, help="Treat warnings and unusable entries as errors."
 )
 
-select_options = _apply(
-    [
-        _option(
-            "Average",
-            "--include",
-            multiple=True,
-            metavar="GLOB",
-            help="Average these tensors too; the last match of both options wins.",
-        ),
-        _option(
-            "Average",
-            "--exclude",
-            multiple=True,
-            metavar="GLOB",
-            help="Copy these tensors from the last checkpoint.",
-        ),
-    ]
-)
+
+def select_options(include: str, exclude: str) -> Callable[[F], F]:
+    """Return ``--include`` and ``--exclude`` with what they mean to a command."""
+    texts = {"--include": include, "--exclude": exclude}
+    return _apply(
+        [
+            _option("Average", option, multiple=True, metavar="GLOB", help=text)
+            for option, text in texts.items()
+        ]
+    )
+
 
 name_option = _option(
     "TensorFlow compatibility",
@@ -244,7 +249,10 @@ average_options = _apply(
             type=click.Choice(("none", "count", "step")),
             help="Ramp min(D, (1+n)/(10+n)): n counts updates, or is the step.  [default: none]",
         ),
-        select_options,
+        select_options(
+            "Average these tensors too; the last match of both options wins.",
+            "Copy these tensors from the last checkpoint.",
+        ),
         _option(
             "TensorFlow compatibility",
             "--init",

@@ -48,12 +48,7 @@ def plan(ctx: click.Context, /, **given: Any) -> int:
 
 def split(ctx: click.Context, given: dict[str, Any]) -> tuple[Out, dict[str, Any]]:
     """Return the way to the user and the arguments of `ema_cli.plan_run`."""
-    out = Out(
-        as_json=given.pop("json"),
-        quiet=given.pop("quiet"),
-        verbose=given.pop("verbose"),
-        color=not given.pop("no_color"),
-    )
+    out = options.way_out(given)
     given["select"] = options.selected(ctx, given.pop("include"), given.pop("exclude"))
     return out, given
 
@@ -70,9 +65,10 @@ def show(out: Out, arguments: dict[str, Any], *, overwrite: bool = False) -> int
     planview.passed_over(out, made.run)
     for warning in warnings(made):
         out.warning(*warning)
+    inputs = running.all_inputs(made)
     for outcome in made.outcomes if made.request.output else ():
         try:
-            check_destination(outcome.layout, running.all_inputs(made), overwrite=overwrite)
+            check_destination(outcome.layout, inputs, overwrite=overwrite)
         except OutputExists as error:
             out.warning("output-exists", error.message, error.hint)
     planview.show(out, made)
@@ -87,10 +83,7 @@ def document(made: Plan) -> dict[str, Any]:
 
     return {
         "averages": [record.describe(made, outcome) for outcome in made.outcomes],
-        "passed_over": [
-            {"path": entry.path, "reason": entry.reason, "unusable": entry.unusable}
-            for entry in made.run.passed_over
-        ],
+        "passed_over": record.passed_over(made.run),
         "notes": list(made.run.notes),
         "bytes": dataclasses.asdict(made.costs),
     }

@@ -9,7 +9,6 @@ import click
 from ema_cli.cli import options
 from ema_cli.cli.options import Command
 from ema_cli.text import plural, printable, shorten
-from ema_cli.views import Out
 
 
 @click.command(
@@ -48,12 +47,7 @@ def rename(checkpoint: str, output: str, **given: Any) -> int:
     """Write a copy of a checkpoint under other names; the values stay bit for bit."""
     from ema_cli import api
 
-    out = Out(
-        as_json=given.pop("json"),
-        quiet=given.pop("quiet"),
-        verbose=given.pop("verbose"),
-        color=not given.pop("no_color"),
-    )
+    out = options.way_out(given)
     done = api.rename(checkpoint, output, **given)
     tell = out.say if given["dry_run"] else out.detail
     for old, new in done.renamed:

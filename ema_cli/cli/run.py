@@ -60,17 +60,16 @@ def _carry_out(out: Out, arguments: dict[str, Any]) -> int:
     from ema_cli.cli import planview
     from ema_cli.warnings import warnings
 
-    overwrite, strict = arguments.pop("overwrite"), arguments["strict"]
+    overwrite = arguments.pop("overwrite")
     made = api.plan_run(**arguments)
     planview.passed_over(out, made.run)
-    if not strict:
-        for warning in warnings(made, again=True):
-            out.warning(*warning)
+    for warning in warnings(made, again=True):
+        out.warning(*warning)
     if made.request.implicit:
         out.say(planview.RAMP)
     out.document("plan", **document(made))
     try:
-        result = running.run_plan(made, overwrite=overwrite, strict=strict, on_event=out.progress)
+        result = running.run_plan(made, overwrite=overwrite, on_event=out.progress)
     finally:
         out.end_progress()
     _tell(out, result)

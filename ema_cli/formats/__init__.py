@@ -17,7 +17,7 @@ from ema_cli.formats.safetensors import Known
 from ema_cli.tensors import Checkpoint
 from ema_cli.text import shorten
 
-__all__ = ["FORMATS", "Format", "Known", "detect", "read"]
+__all__ = ["FORMATS", "Format", "Known", "detect", "read", "read_as"]
 
 
 class Format(NamedTuple):
@@ -73,6 +73,11 @@ def read(path: str, known: Known) -> Checkpoint:
     name = detect(path)
     if name is None:
         raise _unreadable(path)
+    return read_as(name, path, known)
+
+
+def read_as(name: str, path: str, known: Known) -> Checkpoint:
+    """Return the checkpoint at `path`, whose format `detect` said is `name`."""
     if name == safetensors.NAME:
         foreign.refuse_disguise(path, _start(path)[0])
     return FORMATS[name].read(path, known)
