@@ -137,7 +137,13 @@ def _fallocate(fd: int, n_bytes: int) -> bool:
 
 
 def free_bytes(directory: str) -> int:
-    """Return what an ordinary user can still write to the file system of `directory`."""
+    """Return what an ordinary user can still write to the file system of `directory`.
+
+    A directory that does not exist yet counts as the nearest one above it that does.
+    """
+    directory = directory or "."
+    while not os.path.isdir(directory):
+        directory = os.path.dirname(directory) or "."
     status = os.statvfs(directory)
     return status.f_bavail * status.f_frsize
 

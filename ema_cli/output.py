@@ -176,7 +176,7 @@ class Unpublished:
             raise _exists(shorten(self.destination, 1000))
 
     def _create(self) -> None:
-        needed, free = self.layout.nbytes, durable.free_bytes(os.path.dirname(self.root) or ".")
+        needed, free = self.layout.nbytes, durable.free_bytes(os.path.dirname(self.root))
         if needed > free:
             raise StorageError(
                 f"{shorten(self.destination, 1000)}: needs {size(needed)}, "

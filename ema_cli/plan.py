@@ -281,12 +281,9 @@ def _costs(
     # and the bytes written.
     block = block_elements(BLOCK_ELEMENTS, request.workers, len(schedules))
     buffers = request.workers * (4 + len(schedules)) * block * widest
-    directory = os.path.dirname((request.output or "").rstrip("/")) or "."
-    while directory and not os.path.isdir(directory):
-        directory = os.path.dirname(directory) or "."
     return Costs(
         read=averaged * passes + sum(copy.nbytes for copy in copies),
         write=sum(outcome.layout.nbytes for outcome in outcomes),
         memory=BASE_BYTES + buffers + TENSOR_BYTES * sum(len(i.tensors) for i in indexes),
-        free=free_bytes(directory),
+        free=free_bytes(os.path.dirname((request.output or "").rstrip("/"))),
     )

@@ -130,7 +130,7 @@ def _plan(request: Request, checkpoint: Checkpoint, layout: Layout) -> Plan:
         sum(copy.nbytes for copy in copies),
         layout.nbytes,
         BASE_BYTES,
-        free_bytes(os.path.dirname(os.path.abspath(layout.path.rstrip("/")))),
+        free_bytes(os.path.dirname(layout.path.rstrip("/"))),
     )
     run = Run((checkpoint,))
     return Plan(request, run, (), (), tuple(inputs), (0,), (0,), (), tuple(copies), costs)
