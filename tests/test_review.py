@@ -10,6 +10,7 @@ import pytest
 from helpers import cmd, read_checkpoint, write_checkpoint, write_run
 
 import ema_cli
+import ema_cli.api
 from ema_cli.errors import OutputExists
 
 
@@ -191,3 +192,25 @@ def test_a_folder_moved_aside_is_unchanged_at_once(folders: Path, tmp_path: Path
     cmd("run", folders, "-o", out)
     out.rename(tmp_path / ".out.ema-avg.old")
     assert cmd("run", folders, "-o", out).out.startswith("unchanged")
+
+
+def test_a_copy_goes_into_a_directory_that_is_made_for_it(run: Path, tmp_path: Path) -> None:
+    """`rename` makes missing directories as `run` does."""
+    out = tmp_path / "new" / "deep" / "a.safetensors"
+    cmd("rename", run / "model-step-100.safetensors", "-o", out, "--names", "shadow")
+    assert read_checkpoint(out).keys() == {"w/ExponentialMovingAverage"}
+
+
+def test_what_fails_while_a_signal_unwinds_is_the_signal(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error raised on the way out of a Ctrl-C is not reported as an internal one."""
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("release unlocked lock")
+
+    monkeypatch.setattr(ema_cli.api, "plan_run", interrupted)
+    assert "interrupted" in cmd("plan", run, code=130).err

@@ -152,6 +152,7 @@ def _ended(error: BaseException, *, as_json: bool) -> int:
     """Tell the user what ended the command; returns the exit code."""
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
+    error = _signal_behind(error) or error
     if isinstance(error, BrokenPipeError):
         _silence_stdout()
         return 0
@@ -164,6 +165,18 @@ def _ended(error: BaseException, *, as_json: bool) -> int:
     if options.debugging():
         traceback.print_exception(error)
     return _report(_as_ema_error(error), as_json=as_json)
+
+
+def _signal_behind(error: BaseException) -> BaseException | None:
+    """Return the signal while whose unwinding `error` was raised, if that is what happened.
+
+    A signal that interrupts a lock being taken back makes the interpreter's own threading code
+    fail on the way out; what ended the command is still the signal.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, KeyboardInterrupt | Terminated):
+        cause = cause.__context__
+    return cause
 
 
 def _as_ema_error(error: Exception) -> EmaError:
