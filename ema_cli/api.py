@@ -11,12 +11,12 @@ from concurrent.futures import Executor
 from ema_cli import files, machine, renaming, specs
 from ema_cli import plan as planning
 from ema_cli.comparison import Difference, compare
+from ema_cli.destination import check_destination
 from ema_cli.errors import InputError, UsageError
 from ema_cli.formats import read
 from ema_cli.kernel import SHADOW_DTYPES
 from ema_cli.layout import NAMES, OPTIMIZER, Wishes
 from ema_cli.naming import SHADOW_NAME, Rule
-from ema_cli.output import check_destination
 from ema_cli.plan import Plan, Request
 from ema_cli.restoring import RestoreMap, restored
 from ema_cli.running import OnEvent, RunResult, produce, refuse_warnings, run_plan

@@ -14,7 +14,7 @@ import numpy as np
 
 from ema_cli import kernel
 from ema_cli.errors import Disagreement, UsageError
-from ema_cli.naming import SHADOW_NAME, Role, lowered, role_of, shadow_of, unique_name
+from ema_cli.naming import SHADOW_NAME, lowered, shadow_of, unique_name
 from ema_cli.reading import ArrayReader, Source, TensorReader, Values
 from ema_cli.schedules import debias_factor, local_step, one_minus_decay
 from ema_cli.shadows import ShadowStore, SlotWriter, Spec
@@ -83,6 +83,7 @@ class ExponentialMovingAverage:
         self._specs: dict[str, tuple[DType, tuple[int, ...]]] = {}
         self._shadow_names: dict[str, str] = {}
         self._known: dict[str, DType] = {}
+        self._trainable: tuple[str, ...] = ()
         self._taken: set[str] | None = None
 
     @property
@@ -125,11 +126,12 @@ class ExponentialMovingAverage:
                 else:
                     self._keep(writer, old, name)
             ours = {name for variable in specs for name in self._stored(variable)}
-            for name in values.specs:
+            for name in values.storable:
                 if name not in ours:
                     _transfer(writer, name, values.open(name))
         self._updates, self._local_steps, self._specs = updates, local_steps, specs
         self._shadow_names, self._known, self._taken = shadow_names, known, None
+        self._trainable = values.trainable(self._name)
 
     def _averaged(self, values: Values, var_list: Sequence[str] | None) -> dict[str, None]:
         """Return the names to average, in order and once each, after TensorFlow's checks."""
@@ -141,11 +143,7 @@ class ExponentialMovingAverage:
                     f"{describe(*values.specs[name])}"
                 )
         if var_list is None:
-            return {
-                name: None
-                for name, (dtype, _) in values.specs.items()
-                if dtype.averaged and role_of(name, self._name) is Role.VARIABLE
-            }
+            return dict.fromkeys(values.trainable(self._name))
         if isinstance(var_list, str):
             raise TypeError("var_list: expected a list of names, found a str")
         for name in var_list:
@@ -199,7 +197,7 @@ class ExponentialMovingAverage:
             for name, its_shape in zip(self._stored(variable), shapes, strict=False):
                 slot.append((name, dtype, its_shape))
         taken = {name for name, _, _ in slot}
-        slot += [(name, *spec) for name, spec in values.specs.items() if name not in taken]
+        slot += [(name, *values.specs[name]) for name in values.storable if name not in taken]
         return slot
 
     def _stored(self, variable: str) -> list[str]:
@@ -286,12 +284,7 @@ class ExponentialMovingAverage:
         a name is a key already.
         """
         if moving_avg_variables is None:
-            trainable = [
-                name
-                for name, dtype in self._known.items()
-                if dtype.averaged and role_of(name, self._name) is Role.VARIABLE
-            ]
-            moving_avg_variables = [*trainable, *self._specs]
+            moving_avg_variables = [*self._trainable, *self._specs]
         averaged = dict.fromkeys(moving_avg_variables)
         named = {**self._named(averaged, self._known), **self._shadow_names}
         asked = {named[name]: name for name in averaged}

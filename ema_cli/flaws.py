@@ -6,30 +6,34 @@ import os
 
 import numpy as np
 
-from ema_cli import kernel
-from ema_cli.engine import Flaw, Source
-from ema_cli.errors import NonFinite
+from ema_cli.errors import EmaError, NonFinite
 from ema_cli.files import open_input, read_exact
 from ema_cli.plan import Plan
-from ema_cli.tensors import numpy_dtype
+from ema_cli.regions import stretches
+from ema_cli.tasks import Flaw, Piece, Source
+from ema_cli.tensors import Checkpoint, Tensor, numpy_dtype
 from ema_cli.text import shorten
+from ema_cli.verifying import check
 
 
-def explain(plan: Plan, flaw: Flaw) -> NonFinite:
+def explain(plan: Plan, flaw: Flaw) -> EmaError:
     """Return the error that names the first checkpoint and the tensor of a non-finite value."""
-    coefficients = flaw.piece.accumulators[flaw.accumulator].coefficients
-    for source, coefficient in zip(flaw.piece.sources, coefficients, strict=True):
-        value = _value(plan, source, flaw.element)
-        if coefficient and not np.isfinite(float(value)):
-            where, tensor = _locate(plan, source, flaw.element)
-            return NonFinite(
-                f"{where}: tensor '{tensor}' holds {float(value)}, the first non-finite value",
+    piece = flaw.piece
+    coefficients = piece.accumulators[flaw.accumulator].coefficients
+    for source, coefficient in zip(piece.sources, coefficients, strict=True):
+        value = _value(plan, piece, source, flaw.element)
+        if coefficient and not np.isfinite(value):
+            checkpoint, tensor = _locate(plan, piece, source, flaw.element)
+            return check(checkpoint, tensor) or NonFinite(
+                f"{shorten(checkpoint.path, 1000)}: tensor '{shorten(tensor.name)}' holds "
+                f"{value}, the first non-finite value",
                 "leave the checkpoint out with --steps or --glob, copy the tensor with --exclude, "
                 "or let it pass with --non-finite allow",
             )
-    where, tensor = _locate(plan, flaw.piece.sources[-1], flaw.element)
+    _, tensor = _locate(plan, piece, piece.sources[-1], flaw.element)
     return NonFinite(
-        f"tensor '{tensor}': every input is finite, but the average is not in {flaw.dtype}",
+        f"tensor '{shorten(tensor.name)}': every input is finite, but the average is not in "
+        f"{flaw.dtype}",
         _wider(flaw.dtype) + "let it pass with --non-finite allow",
     )
 
@@ -38,28 +42,38 @@ def _wider(dtype: str) -> str:
     return "write a wider type with --dtype float32, or " if dtype == "float16" else ""
 
 
-def _value(plan: Plan, source: Source, element: int) -> kernel.Array:
+def _offset(piece: Piece, source: Source, element: int) -> int:
+    """Return where in its file an element of a piece lies."""
+    width = numpy_dtype(source.dtype).itemsize
+    if source.grid is None:
+        return source.offset + element * width
+    first = piece.start + element
+    return next(stretches(source.offset, source.grid, width, first, 1))[0]
+
+
+def _value(plan: Plan, piece: Piece, source: Source, element: int) -> float:
     dtype = numpy_dtype(source.dtype)
     stamp = plan.inputs[source.file]
     raw = bytearray(dtype.itemsize)
     fd = open_input(stamp.path)
     try:
-        read_exact(fd, memoryview(raw), source.offset + element * dtype.itemsize, stamp.path)
+        read_exact(fd, memoryview(raw), _offset(piece, source, element), stamp.path)
     finally:
         os.close(fd)
-    value: kernel.Array = np.frombuffer(raw, dtype)[0]
-    return value
+    if source.swap:
+        raw.reverse()
+    return float(np.frombuffer(raw, dtype)[0])
 
 
-def _locate(plan: Plan, source: Source, element: int) -> tuple[str, str]:
-    """Return the printable checkpoint path and tensor name of an element of a piece."""
-    offset = source.offset + element * numpy_dtype(source.dtype).itemsize
+def _locate(plan: Plan, piece: Piece, source: Source, element: int) -> tuple[Checkpoint, Tensor]:
+    """Return the checkpoint and the tensor that an element of a piece belongs to."""
+    offset = _offset(piece, source, element)
     for k, first in enumerate(plan.first_input):
         checkpoint = plan.run.checkpoints[k]
         if first < 0 or not first <= source.file < first + len(checkpoint.files):
             continue
         for tensor in checkpoint.index.tensors:
-            file, start, nbytes = tensor.extent
-            if first + file == source.file and start <= offset < start + nbytes:
-                return shorten(checkpoint.path, 1000), shorten(tensor.name)
-    return "", ""
+            for file, start, n_bytes in tensor.extents:
+                if first + file == source.file and start <= offset < start + n_bytes:
+                    return checkpoint, tensor
+    raise LookupError(f"byte {offset} of input {source.file}")

@@ -6,18 +6,21 @@ a restore asks for the shadow of every averaged variable and for the plain name 
 
 from __future__ import annotations
 
-import enum
 import fnmatch
 import functools
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from ema_cli.errors import Disagreement, UsageError
-from ema_cli.text import near_misses, shorten
+from ema_cli.tensors import Index, Role
+from ema_cli.text import encodable, near_misses, shorten
 
 SHADOW_NAME = "ExponentialMovingAverage"
 STEP_NAMES = ("global_step", "step", "iterations")
+# The object graph of a tf.train.Checkpoint, and how it calls the value of a variable.
+OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
+VALUE_SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
 COUNTER_NAMES = (*STEP_NAMES, "save_counter")
 
 _SEPARATOR = re.compile(r"[/.]")
@@ -33,17 +36,6 @@ _OPTIMIZER_WORDS = re.compile(
     r"|(?:^|[/._])(?:exp_avg|exp_avg_sq|exp_inf|max_exp_avg_sq|momentum_buffer)(?:[/.]|$)"
 )
 _ANY_SHADOW = re.compile(r"/ExponentialMovingAverage(?:_\d+)?(?:/biased|/local_step)?$")
-
-
-class Role(enum.Enum):
-    """What a tensor is for, told by its name."""
-
-    VARIABLE = "variable"
-    STATISTICS = "statistics"
-    OPTIMIZER = "optimizer state"
-    SHADOW = "shadow"
-    OTHER_SHADOW = "shadow of another name"
-    COUNTER = "counter"
 
 
 def shadow_of(variable: str, name: str) -> str:
@@ -71,6 +63,23 @@ def role_of(tensor: str, name: str) -> Role:
     if _SLOT.search(tensor) or _OPTIMIZER_WORDS.search(tensor):
         return Role.OPTIMIZER
     return Role.STATISTICS if last in _STATISTICS else Role.VARIABLE
+
+
+def plain_name(tensor: str) -> str:
+    """Return the name by which an object graph's tensor is told: without the attribute."""
+    return tensor.removesuffix(VALUE_SUFFIX)
+
+
+def role_in(index: Index, tensor: str, name: str) -> Role:
+    """Return what a tensor of `index` is for: as the checkpoint records it, else by its name.
+
+    Where a checkpoint records its variables, what looks like one and is not recorded is none.
+    """
+    recorded = index.roles.get(tensor)
+    if recorded is not None:
+        return recorded
+    role = role_of(plain_name(tensor), name)
+    return Role.FIXED if role is Role.VARIABLE and index.roles else role
 
 
 def lowered(names: Iterable[str]) -> set[str]:
@@ -163,14 +172,20 @@ def apply_rules(name: str, rules: Iterable[tuple[re.Pattern[str], str]]) -> str:
     return name
 
 
-def check_distinct(names: Iterable[tuple[str, str]]) -> None:
+def check_distinct(names: Iterable[tuple[str, str]], possible: Callable[[str], bool]) -> None:
     """Raise `Disagreement` when two tensors would be saved under one name.
 
-    `names` are (name in the output, what it comes from) pairs.
+    `names` are (name in the output, what it comes from) pairs; `possible` tells whether the
+    format can hold a name.
     """
     seen: dict[str, str] = {}
     for name, source in names:
-        _check_name(name, source)
+        if not possible(name):
+            raise Disagreement(
+                f"'{shorten(source)}' would be called '{shorten(name)}', which no checkpoint of "
+                "this format can hold",
+                "give it another name with --rule PATTERN REPL",
+            )
         if name in seen:
             raise Disagreement(
                 f"two tensors would be called '{shorten(name)}': '{shorten(seen[name])}' and "
@@ -180,26 +195,10 @@ def check_distinct(names: Iterable[tuple[str, str]]) -> None:
         seen[name] = source
 
 
-def _check_name(name: str, source: str) -> None:
-    """Raise `Disagreement` for a name no checkpoint can hold."""
-    if name == "__metadata__" or not _encodable(name):
-        raise Disagreement(
-            f"'{shorten(source)}' would be called '{shorten(name)}', which no checkpoint can hold"
-        )
-
-
 def check_shadow_name(name: str) -> None:
     """Raise `UsageError` for a ``--name`` that gives no usable names."""
-    if not name or not _encodable(name):
+    if not name or not encodable(name):
         raise UsageError(f"--name: expected a name for the shadows, found '{shorten(name)}'")
-
-
-def _encodable(name: str) -> bool:
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 # ---------------------------------------------------------------------------- restore map

@@ -1,126 +1,21 @@
 """Outputs on their way: created under a temporary name, filled, sealed, checked, published.
 
-Nothing half-written ever has a final name. A single file is published by one rename; a folder is
-renamed whole, and with ``--overwrite`` the old one waits beside it until the new one stands.
+Nothing half-written ever has a final name.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
-from ema_cli import durable, provenance
-from ema_cli.errors import EmaError, OutputExists, StorageError, storage_errors
-from ema_cli.formats import FORMATS, Known, safetensors, sharded
-from ema_cli.layout import Layout
-from ema_cli.tensors import Stamp
+from ema_cli import announcing, destination, durable, provenance
+from ema_cli.blueprint import Layout
+from ema_cli.errors import EmaError, StorageError, storage_errors
+from ema_cli.formats import FORMATS, Known, safetensors
+from ema_cli.tensors import NO_FILE, Extent
 from ema_cli.text import shorten, size
-
-# ---------------------------------------------------------------------------- before the work
-
-
-def check_destination(layout: Layout, inputs: Iterable[Stamp], *, overwrite: bool) -> None:
-    """Raise `OutputExists` unless the output may be written.
-
-    An output that is one of the inputs, or holds one, is refused whatever `overwrite` says; an
-    existing one is refused without it. A folder is only replaced when it looks like a checkpoint.
-    """
-    path = layout.path.rstrip("/")
-    shown = shorten(path, 1000)
-    _refuse_inputs(path, shown, inputs)
-    try:
-        mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise StorageError(f"{shown}: {os.strerror(error.errno or 0)}") from error
-    if stat.S_ISDIR(mode) and not layout.folder:
-        raise OutputExists(
-            f"{shown}: expected the name of a new file, found a directory",
-            f"-o {os.path.join(shown, 'average' + FORMATS[layout.format].suffix)}",
-        )
-    if not overwrite:
-        raise _exists(shown)
-    if layout.folder:
-        _check_replaceable(path)
-    elif not stat.S_ISREG(mode):
-        raise OutputExists(f"{shown}: only a regular file can be replaced")
-
-
-def _exists(shown: str) -> OutputExists:
-    return OutputExists(f"{shown}: exists already", "replace it with --overwrite")
-
-
-def _refuse_inputs(path: str, shown: str, inputs: Iterable[Stamp]) -> None:
-    real, exists = os.path.realpath(path), os.path.exists(path)
-    for stamp in inputs:
-        source = os.path.realpath(stamp.path)
-        if (
-            source == real
-            or source.startswith(real + os.sep)
-            or (exists and _same_file(path, stamp))
-        ):
-            raise OutputExists(
-                f"{shown}: is an input, or holds one: {shorten(stamp.path, 1000)}",
-                "write to another name with -o",
-            )
-
-
-def _same_file(path: str, stamp: Stamp) -> bool:
-    with contextlib.suppress(OSError):
-        return os.path.samefile(path, stamp.path)
-    return False
-
-
-def _check_replaceable(path: str) -> None:
-    """A folder is deleted when it is replaced: never one that may hold something else."""
-    shown = shorten(path, 1000)
-    if not stat.S_ISDIR(os.lstat(path).st_mode):
-        raise OutputExists(f"{shown}: expected a folder to replace, found a file")
-    with os.scandir(path) as listing:
-        entries = list(listing)
-    indexes, weights = sharded.contents(path)
-    own = {*indexes, *weights, *sharded.side_files(path)}
-    foreign = next(
-        (e.name for e in entries if e.name not in own or not e.is_file(follow_symlinks=False)), None
-    )
-    if entries and (foreign is not None or not sharded.is_checkpoint(path)):
-        what = f"it holds '{shorten(foreign)}'" if foreign else "it holds no checkpoint"
-        raise OutputExists(
-            f"{shown}: only a folder with nothing but a checkpoint is replaced, and {what}",
-            "write to another name with -o, or remove the folder yourself",
-        )
-
-
-# ---------------------------------------------------------------------------- the work
-
-
-def repair(layout: Layout) -> None:
-    """Put back the folder that a killed replacement of this output had moved aside."""
-    destination = layout.path.rstrip("/")
-    aside = durable.beside(destination, durable.ASIDE_SUFFIX)
-    if not os.path.lexists(aside):
-        return
-    root = durable.beside(destination, durable.TEMPORARY_SUFFIX)
-    lock = durable.create_locked_directory(root)
-    try:
-        with storage_errors(destination, "cannot repair"):
-            _restore(aside, destination)
-    finally:
-        durable.remove(root)
-        os.close(lock)
-
-
-def _restore(aside: str, destination: str) -> None:
-    if os.path.lexists(aside):
-        if os.path.lexists(destination):
-            durable.remove(aside)
-        else:
-            os.rename(aside, destination)
 
 
 class Unpublished:
@@ -137,10 +32,13 @@ class Unpublished:
         self._overwrite = overwrite
         self.destination = layout.path.rstrip("/")
         self.root = durable.beside(self.destination, durable.TEMPORARY_SUFFIX)
-        self._files = provenance.files_of(self.root, [file.name for file in layout.files])
+        # Where a reader finds the output as long as it has no name.
+        self._readable = self.root
+        if layout.kind == "prefix":
+            self._readable = os.path.join(self.root, os.path.basename(self.destination))
+        self._files = provenance.files_of(self._readable, [file.name for file in layout.files])
         self.paths = [path for _, path in self._files]
         self.notes: list[str] = []
-        self._aside = durable.beside(self.destination, durable.ASIDE_SUFFIX)
         self._lock = -1
         self._published = False
 
@@ -148,10 +46,10 @@ class Unpublished:
         parent = os.path.dirname(self.destination)
         with storage_errors(parent or ".", "cannot create"):
             os.makedirs(parent or ".", exist_ok=True)
-        if self.layout.folder:
-            self._lock = durable.create_locked_directory(self.root)
-        else:
+        if self.layout.kind == "file":
             self._lock = durable.create_locked(self.root)
+        else:
+            self._lock = durable.create_locked_directory(self.root)
         try:
             with storage_errors(self.destination, "cannot repair"):
                 self._repair()
@@ -169,11 +67,11 @@ class Unpublished:
             self._lock = -1
 
     def _repair(self) -> None:
-        """Finish what a killed replacement left: the old folder under its waiting name."""
-        _restore(self._aside, self.destination)
-        if not self._overwrite and os.path.lexists(self.destination):
+        """Finish what a killed replacement left, now that the lock says nobody else does."""
+        destination.restore(self.layout)
+        if not self._overwrite and destination.standing(self.layout):
             # Repaired just now, or published by another process before we had the lock.
-            raise _exists(shorten(self.destination, 1000))
+            raise destination.exists(shorten(self.destination, 1000))
 
     def _create(self) -> None:
         needed, free = self.layout.nbytes, durable.free_bytes(os.path.dirname(self.root))
@@ -195,11 +93,18 @@ class Unpublished:
                     os.close(fd)
 
     def seal(self, executor: Executor) -> list[list[str]]:
-        """Check the finished files and make them durable; returns their checksums.
+        """Write what only the data decides, check the files and make them durable.
 
-        One CRC-32C per 64 MiB of each file, as eight hex digits.
+        Returns their checksums: one CRC-32C per 64 MiB of each file, as eight hex digits, and
+        none of a file copied whole.
         """
-        checksums = [_checksums(executor, path) for path in self.paths]
+        crc_of: dict[Extent, int] = {}
+        sums = [self._checksums(executor, ordinal, crc_of) for ordinal in self._data()]
+        seal = FORMATS[self.layout.format].seal
+        if seal is not None:
+            ordinal, data = seal(self.layout, crc_of)
+            self._write(self.paths[ordinal], data)
+            sums.insert(ordinal, self._checksums(executor, ordinal, {}))
         self._check_index()
         for path in self.paths:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -207,41 +112,84 @@ class Unpublished:
                 durable.sync(fd, path)
             finally:
                 os.close(fd)
-        if self.layout.folder:
+        if self.layout.kind != "file":
             durable.sync(self._lock, self.root)
-        return checksums
+        return sums
+
+    def _data(self) -> Sequence[int]:
+        """Return the ordinals of the files that are finished before the output is sealed."""
+        sealed = FORMATS[self.layout.format].seal is not None
+        return range(len(self.paths) - sealed)
+
+    def _write(self, path: str, data: bytes) -> None:
+        fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            durable.write_exact(fd, data, 0, path)
+            with storage_errors(path, "cannot write"):
+                os.ftruncate(fd, len(data))
+        finally:
+            os.close(fd)
+
+    def _checksums(self, executor: Executor, ordinal: int, crc_of: dict[Extent, int]) -> list[str]:
+        """Return the checksums of a file, and add those of its extents to `crc_of` if wanted."""
+        if self.layout.files[ordinal].copy_of and FORMATS[self.layout.format].renamed:
+            return []  # of the size of the model, and as good as what it is a copy of
+        path = self.paths[ordinal]
+        n_bytes = os.path.getsize(path)
+        wanted = self._extents(ordinal) if FORMATS[self.layout.format].seal else []
+        ends = provenance.cuts(n_bytes, [extent[1:] for extent in wanted])
+        futures = [executor.submit(provenance.checksums, path, some) for some in ends]
+        crcs = [future.result() for future in futures]
+        edges = [end for some in ends for end in some[:-1]] + [n_bytes]
+        place = {edge: k for k, edge in enumerate(edges)}
+        flat = [crc for some in crcs for crc in some]
+        for extent in wanted:
+            first, last = place[extent.offset], place[extent.offset + extent.nbytes]
+            crc_of[extent] = provenance.joined(flat[first:last], edges[first : last + 1])
+        return [
+            f"{provenance.joined(some, edge):08x}" for some, edge in zip(crcs, ends, strict=True)
+        ]
+
+    def _extents(self, ordinal: int) -> list[Extent]:
+        tensors = self.layout.places.values()
+        return [extent for t in tensors for extent in t.extents if extent.file == ordinal]
 
     def _check_index(self) -> None:
         """Read the index back, with our reader and with the reference one."""
-        written = FORMATS[self.layout.format].read(self.root, self._known())
-        found = {t.name: (t.dtype, t.shape, t.extent) for t in written.index.tensors}
+        row = FORMATS[self.layout.format]
+        written = row.read(self._readable, self._known())
         names = [file.name for file in self.layout.files]
         order = [names.index(name) for name in written.index.names]
-        expected = {
-            e.name: (e.dtype, e.shape, self.layout.places[e.name]) for e in self.layout.entries
-        }
-        for name, (dtype, shape, extent) in found.items():
-            place = extent._replace(file=order[extent.file])
-            if expected.pop(name, None) != (dtype, shape, place):
-                raise EmaError(f"internal error: tensor '{shorten(name)}' was written elsewhere")
+        expected = {entry.name: self.layout.places[entry.name] for entry in self.layout.entries}
+        for tensor in written.index.tensors:
+            moved = tensor
+            if tensor.extent.file not in (NO_FILE, order[tensor.extent.file]):
+                moved = tensor._replace(
+                    extent=tensor.extent._replace(file=order[tensor.extent.file])
+                )
+            if expected.pop(tensor.name, None) != moved:
+                raise EmaError(
+                    f"internal error: tensor '{shorten(tensor.name)}' was written elsewhere"
+                )
         if expected:
             raise EmaError(f"internal error: tensor '{shorten(min(expected))}' was not written")
-        _reference_check(path for path in self.paths if _is_weights(path, self.root))
+        if row.reference_check is not None:
+            row.reference_check(self.paths[: len(written.index.names)])
 
     def _known(self) -> Known:
         """Return the index of a header that was parsed already and must come back unchanged."""
-        like = self.layout.like
-        if like is None or self.layout.folder:
+        last = self.layout.last
+        if not self.layout.template or self.layout.format != safetensors.NAME:
             return {}
-        key = safetensors.known_as(like.header_digests[0], self.layout.files[0].nbytes)
-        return {key: like}
+        key = safetensors.known_as(last.digests[0], self.layout.files[0].nbytes)
+        return {key: last.index}
 
     def publish(self, document: Mapping[str, Any]) -> None:
         """Give the output its name, the point after which it exists, and its provenance too."""
         staged = provenance.stage(self.destination, document)
         try:
             with storage_errors(self.destination, "cannot publish"):
-                self._rename()
+                destination.rename(self.layout, self.root, overwrite=self._overwrite)
         except BaseException:
             durable.remove(staged)
             raise
@@ -251,50 +199,10 @@ class Unpublished:
             provenance.publish(staged, self.destination)
             durable.sync_directory(os.path.dirname(self.destination))
         finally:
-            durable.remove(self._aside)
-
-    def _rename(self) -> None:
-        if not self._overwrite:
-            try:
-                durable.rename_new(self.root, self.destination)
-            except FileExistsError:  # it appeared while we worked
-                raise _exists(shorten(self.destination, 1000)) from None
-            return
-        if not self.layout.folder or not os.path.lexists(self.destination):
-            os.replace(self.root, self.destination)
-            return
-        _check_replaceable(self.destination)  # again: something may have been put there
-        os.rename(self.destination, self._aside)
-        try:
-            os.rename(self.root, self.destination)
-        except BaseException:
-            os.rename(self._aside, self.destination)
-            raise
+            durable.remove(destination.aside_of(self.destination))
+        if self.layout.kind == "prefix":
+            self.notes.extend(announcing.announce(self.layout))
 
     def fingerprint(self) -> str:
         """Return the fingerprint the published output will have."""
         return provenance.fingerprint(self._files)
-
-
-def _is_weights(path: str, root: str) -> bool:
-    return path == root or path.endswith(safetensors.SUFFIX)
-
-
-def _reference_check(paths: Iterable[str]) -> None:
-    """Open each file with the safetensors library: whoever loads it will do the same."""
-    from safetensors import SafetensorError, safe_open
-
-    for path in paths:
-        try:
-            with safe_open(path, framework="np") as reader:
-                reader.keys()
-        except SafetensorError as error:
-            raise EmaError(
-                f"internal error: the safetensors library refuses what was written: {error}"
-            ) from error
-
-
-def _checksums(executor: Executor, path: str) -> list[str]:
-    parts = provenance.checksum_parts(path, os.path.getsize(path))
-    futures = [executor.submit(provenance.checksum, part) for part in parts]
-    return [f"{future.result():08x}" for future in futures]

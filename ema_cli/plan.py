@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 
 from ema_cli import kernel, ranges, runs
 from ema_cli.averages import Average
+from ema_cli.blueprint import Layout
 from ema_cli.durable import free_bytes
 from ema_cli.errors import UsageError
 from ema_cli.formats import Known
 from ema_cli.formats.sharded import refuse_quantized
-from ema_cli.layout import Layout, Wishes, lay_out
+from ema_cli.layout import Wishes, lay_out
 from ema_cli.naming import Rule
 from ema_cli.ranges import Copy, Destination, Range
 from ema_cli.schedules import Schedule, counting, schedule
@@ -250,7 +251,7 @@ def _copies(
     for k, checkpoint in enumerate(checkpoints):
         mine = [d for o, d in zip(outcomes, destinations, strict=True) if o.last is checkpoint]
         if mine:
-            copies.extend(ranges.copied_ranges(checkpoint.index, mine, first_input[k]))
+            copies.extend(ranges.copied_ranges(checkpoint, mine, first_input[k]))
     copies.extend(ranges.side_copies(destinations, inputs))
     return copies
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ema_cli import durable
+from ema_cli.checksums import crc32c, shift
 from ema_cli.errors import EmaError, storage_errors
 from ema_cli.files import open_input, read_exact, read_small
 
@@ -20,6 +23,8 @@ CHECKSUM_BYTES = 64 << 20
 _LIMIT = 256 << 20
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096
+_BLOCK = 1 << 20
+_OF_PREFIX = (".index", ".data-")
 
 
 def path_for(output: str) -> str:
@@ -57,33 +62,62 @@ def fingerprint(files: Sequence[tuple[str, str]]) -> str:
 
 
 def files_of(output: str, names: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the (name, path) pairs of an output whose files are called `names`."""
-    return [(name, os.path.join(output, name) if name else output) for name in names]
+    """Return the (name, path) pairs of an output whose files are called `names`.
+
+    A name that begins as those of a prefix do follows it; others lie in the folder.
+    """
+    return [(name, _path_of(output, name)) for name in names]
 
 
-def checksum_parts(path: str, n_bytes: int) -> list[tuple[str, int, int]]:
-    """Return the (path, offset, length) parts of a file that have a checksum each."""
-    starts = range(0, n_bytes, CHECKSUM_BYTES)
-    return [(path, start, min(CHECKSUM_BYTES, n_bytes - start)) for start in starts]
+def _path_of(output: str, name: str) -> str:
+    if name.startswith(_OF_PREFIX):
+        return output + name
+    return os.path.join(output, name) if name else output
 
 
-def checksum(part: tuple[str, int, int]) -> int:
-    """Return the CRC-32C of (path, offset, length), read in bounded memory."""
-    from fastcrc import crc32
+def cuts(n_bytes: int, extents: Iterable[tuple[int, int]] = ()) -> list[list[int]]:
+    """Return where a file is cut for its checksums, one list for each `CHECKSUM_BYTES` of it.
 
-    path, offset, length = part
-    buffer = bytearray(min(1 << 20, length))
+    Neighbours in a list are the ends of a stretch; `extents` are further (offset, length)
+    stretches that are wanted, each made of one or several.
+    """
+    ends = {0, n_bytes, *range(0, n_bytes, CHECKSUM_BYTES)}
+    for offset, length in extents:
+        ends.update((offset, offset + length))
+    ordered = sorted(ends)
+    firsts = [bisect.bisect_left(ordered, start) for start in range(0, n_bytes, CHECKSUM_BYTES)]
+    lasts = [*firsts[1:], len(ordered) - 1]
+    return [ordered[a : b + 1] for a, b in zip(firsts, lasts, strict=True)]
+
+
+def checksums(path: str, ends: Sequence[int]) -> list[int]:
+    """Return the CRC-32C of each stretch of a file between neighbouring `ends`, read in blocks."""
+    buffer = memoryview(bytearray(min(_BLOCK, ends[-1] - ends[0])))
+    found = []
     fd = open_input(path)
     try:
-        crc = 0
-        while length:
-            view = memoryview(buffer)[: min(len(buffer), length)]
-            read_exact(fd, view, offset, path)
-            crc = crc32.iscsi(view, crc) if crc else crc32.iscsi(view)
-            offset, length = offset + len(view), length - len(view)
-        return int(crc)
+        start = stop = ends[0]  # of the block in the buffer
+        for first, last in itertools.pairwise(ends):
+            crc, at = 0, first
+            while at < last:
+                if at == stop:
+                    start, stop = at, min(at + len(buffer), ends[-1])
+                    read_exact(fd, buffer[: stop - start], start, path)
+                end = min(last, stop)
+                crc = crc32c(buffer[at - start : end - start], crc)
+                at = end
+            found.append(crc)
     finally:
         os.close(fd)
+    return found
+
+
+def joined(crcs: Sequence[int], ends: Sequence[int]) -> int:
+    """Return the CRC-32C of all stretches between `ends` together."""
+    whole = 0
+    for crc, (first, last) in zip(crcs, itertools.pairwise(ends), strict=True):
+        whole = shift(whole, last - first) ^ crc if whole else crc
+    return whole
 
 
 def proves(document: Mapping[str, Any], output: str) -> bool:
@@ -92,8 +126,8 @@ def proves(document: Mapping[str, Any], output: str) -> bool:
         recorded = document["output"]["files"]
         paths = [path for _, path in files_of(output, [file["name"] for file in recorded])]
         for file, path in zip(recorded, paths, strict=True):
-            parts = checksum_parts(path, file["size"])
-            if [f"{checksum(part):08x}" for part in parts] != file["crc32c"]:
+            found = [checksums(path, ends)[0] for ends in cuts(file["size"])]
+            if [f"{crc:08x}" for crc in found] != file["crc32c"]:
                 return False
     except (EmaError, LookupError, TypeError):
         return False

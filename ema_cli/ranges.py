@@ -1,7 +1,8 @@
 """Runs of bytes that are worked on as one: adjacent tensors that lie alike in every file.
 
 Twenty thousand small tensors saved in one order become one range; nothing is gained by knowing
-where one ends and the next begins.
+where one ends and the next begins. A partitioned variable becomes one range for each box that all
+its checkpoints and outputs have in common.
 """
 
 from __future__ import annotations
@@ -9,18 +10,47 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from ema_cli import regions
+from ema_cli.blueprint import AVERAGE, BIASED, COPY, Layout
 from ema_cli.files import stamp_of
-from ema_cli.layout import AVERAGE, BIASED, COPY, Layout
-from ema_cli.tensors import DTYPES, Index, Stamp, Tensor
+from ema_cli.regions import Grid
+from ema_cli.tensors import DTYPES, Checkpoint, Index, Stamp, Tensor, swap_width
+
+
+class Place(NamedTuple):
+    """Where a range lies in a checkpoint.
+
+    Attributes:
+        file: ordinal in the checkpoint, or in the plan for copies.
+        offset: of its first element, in bytes.
+        grid: its rows, or None when its elements follow each other.
+        unit: first and last offset of the bytes whose checksum is known; None for the range's own.
+    """
+
+    file: int
+    offset: int
+    grid: Grid | None = None
+    unit: tuple[int, int] | None = None
 
 
 class Target(NamedTuple):
-    """Where a range is written: the ordinal of an output file, and how."""
+    """Where a range is written: the ordinal of an output file, and how.
+
+    Attributes:
+        file: among all output files of the plan.
+        offset: of its first element, in bytes.
+        part: what of the result.
+        dtype: its elements, or ``copy`` for bytes.
+        swap: bytes that change places together on their way there; 0 for none.
+        grid: its rows, or None.
+    """
 
     file: int
     offset: int
     part: str
     dtype: str
+    swap: int = 0
+    grid: Grid | None = None
 
 
 class Range(NamedTuple):
@@ -29,23 +59,29 @@ class Range(NamedTuple):
     Attributes:
         dtype: of the variables.
         elements: how many.
-        places: for each distinct index of the run, (file in the checkpoint, byte offset).
+        places: for each distinct index of the run.
         targets: for each distinct schedule, where its result goes.
+        group: what its checksums are kept apart by: ranges of one tensor share it.
     """
 
     dtype: str
     elements: int
-    places: tuple[tuple[int, int], ...]
+    places: tuple[Place, ...]
     targets: tuple[tuple[Target, ...], ...]
+    group: int
 
 
 class Copy(NamedTuple):
-    """Bytes that are copied: from an input file (by ordinal in the plan) to output files."""
+    """Bytes that are copied: from an input file (by ordinal in the plan) to output files.
+
+    `group` keeps their checksums apart from others', where they are `checked` at all.
+    """
 
     nbytes: int
-    file: int
-    offset: int
+    place: Place
     targets: tuple[Target, ...]
+    group: int = 0
+    checked: bool = False
 
 
 class Destination(NamedTuple):
@@ -54,6 +90,10 @@ class Destination(NamedTuple):
     layout: Layout
     schedule: int
     first_file: int
+
+
+# A tensor of an output: the schedule it belongs to, its destination, what of it, and as what.
+_Wanted = tuple[int, Destination, str, Tensor]
 
 
 def averaged_ranges(
@@ -66,15 +106,22 @@ def averaged_ranges(
     wanted = _wanted(destinations, (AVERAGE, BIASED))
     found: list[Range] = []
     elements = 0
-    for tensor in tensors:
-        name, dtype, _, extent = tensor
-        if not extent.nbytes:
+    for group, tensor in enumerate(tensors):
+        if not tensor.extent.nbytes:
             continue
-        places = tuple([index.by_name[name].extent[:2] for index in indexes])
+        stored = [index.by_name[tensor.name] for index in indexes]
+        asked = wanted.get(tensor.name, ())
+        if any(t.slices for t in stored) or any(t.slices for *_, t in asked):
+            if found:
+                found[-1] = found[-1]._replace(elements=elements)
+            found.extend(_sliced(tensor, stored, asked, schedules, group))
+            elements = found[-1].elements
+            continue
+        places = tuple([Place(t.extent.file, t.extent.offset) for t in stored])
         targets: list[list[Target]] = [[] for _ in range(schedules)]
-        for schedule, target in wanted.get(name, ()):
-            targets[schedule].append(target)
-        new = Range(dtype.name, tensor.elements, places, tuple(map(tuple, targets)))
+        for schedule, destination, part, made in asked:
+            targets[schedule].append(_target(destination, part, made))
+        new = Range(tensor.dtype.name, tensor.elements, places, tuple(map(tuple, targets)), group)
         if found and _follows(found[-1], elements, new):
             elements += new.elements
             continue
@@ -89,16 +136,52 @@ def averaged_ranges(
 
 def _wanted(
     destinations: Sequence[Destination], parts: tuple[str, ...]
-) -> dict[str, list[tuple[int, Target]]]:
-    """Return for each input tensor the (schedule, target) pairs it is written to."""
-    wanted: dict[str, list[tuple[int, Target]]] = {}
-    for layout, schedule, first_file in destinations:
+) -> dict[str, list[_Wanted]]:
+    """Return for each input tensor what is made of it."""
+    wanted: dict[str, list[_Wanted]] = {}
+    for destination in destinations:
+        layout = destination.layout
         for entry in layout.entries:
             if entry.part in parts:
-                file, offset, _ = layout.places[entry.name]
-                target = Target(first_file + file, offset, entry.part, entry.dtype.name)
-                wanted.setdefault(entry.source, []).append((schedule, target))
+                made = (destination.schedule, destination, entry.part, layout.places[entry.name])
+                wanted.setdefault(entry.source, []).append(made)
     return wanted
+
+
+def _target(destination: Destination, part: str, made: Tensor) -> Target:
+    file, offset, _ = made.extent
+    return Target(destination.first_file + file, offset, part, *_form(destination, made))
+
+
+def _form(destination: Destination, made: Tensor) -> tuple[str, int]:
+    """Return the dtype of what is written, and how its bytes are swapped."""
+    dtype = made.dtype.name
+    return dtype, swap_width(dtype) if destination.layout.big_endian else 0
+
+
+def _sliced(
+    tensor: Tensor,
+    stored: Sequence[Tensor],
+    asked: Sequence[_Wanted],
+    schedules: int,
+    group: int,
+) -> Iterator[Range]:
+    """Yield one range for each box that the stored tensors and the outputs have in common."""
+    width = tensor.dtype.bits // 8
+    for box in regions.common_boxes([*stored, *(made for *_, made in asked)]):
+        targets: list[list[Target]] = [[] for _ in range(schedules)]
+        for schedule, destination, part, made in asked:
+            to = regions.region(made, box, made.dtype.bits // 8)
+            file = destination.first_file + to.extent.file
+            form = _form(destination, made)
+            targets[schedule].append(Target(file, to.offset, part, *form, to.grid))
+        places = tuple(_place(t, box, width) for t in stored)
+        yield Range(tensor.dtype.name, box.elements, places, tuple(map(tuple, targets)), group)
+
+
+def _place(tensor: Tensor, box: regions.Box, width: int) -> Place:
+    extent, offset, grid = regions.region(tensor, box, width)
+    return Place(extent.file, offset, grid, (extent.offset, extent.offset + extent.nbytes))
 
 
 def _follows(first: Range, elements: int, after: Range) -> bool:
@@ -106,11 +189,11 @@ def _follows(first: Range, elements: int, after: Range) -> bool:
     if first.dtype != after.dtype:
         return False
     nbytes = elements * DTYPES[first.dtype].bits // 8
-    for (file, offset), place in zip(first.places, after.places, strict=True):
-        if (file, offset + nbytes) != place:
+    for mine, place in zip(first.places, after.places, strict=True):
+        if mine.unit or (mine.file, mine.offset + nbytes) != place[:2]:
             return False
-    for mine, others in zip(first.targets, after.targets, strict=True):
-        if not _continue(mine, elements, others):
+    for targets, others in zip(first.targets, after.targets, strict=True):
+        if not _continue(targets, elements, others):
             return False
     return True
 
@@ -119,46 +202,93 @@ def _continue(first: Sequence[Target], elements: int, after: Sequence[Target]) -
     """Whether the targets `after` lie `elements` (bytes of a copy) after those of `first`."""
     if len(first) != len(after):
         return False
-    for (file, offset, part, dtype), target in zip(first, after, strict=True):
+    for (file, offset, part, dtype, swap, grid), target in zip(first, after, strict=True):
         nbytes = elements if dtype == COPY else elements * DTYPES[dtype].bits // 8
-        if (file, offset + nbytes, part, dtype) != target:
+        if grid or (file, offset + nbytes, part, dtype, swap, None) != target:
             return False
     return True
 
 
+# ---------------------------------------------------------------------------- copies
+
+
 def copied_ranges(
-    index: Index, destinations: Sequence[Destination], first_input: int
+    checkpoint: Checkpoint, destinations: Sequence[Destination], first_input: int
 ) -> Iterator[Copy]:
-    """Yield what the outputs copy from the checkpoint of `index`, whose files start there."""
-    wanted = _wanted(destinations, (COPY,))
+    """Yield what the outputs copy from a checkpoint, whose files start at `first_input`.
+
+    Files that are copied whole bring their tensors along.
+    """
+    apart = [d for d in destinations if not _copies_files(d.layout)]
+    wanted = _wanted(apart, (COPY,))
+    index, checked = checkpoint.index, checkpoint.checksums is not None
     pending: Copy | None = None
-    for tensor in index.tensors:
-        targets = tuple(t._replace(dtype=COPY) for _, t in wanted.get(tensor.name, ()))
-        file, offset, nbytes = tensor.extent
-        if not targets or not nbytes:
-            continue
-        new = Copy(nbytes, first_input + file, offset, targets)
-        if pending is not None and _copy_follows(pending, new):
-            pending = pending._replace(nbytes=pending.nbytes + nbytes)
-            continue
-        if pending is not None:
-            yield pending
-        pending = new
+    for group, tensor in enumerate(index.tensors):
+        for new in _copies(tensor, wanted.get(tensor.name, ()), index, first_input):
+            new = new._replace(group=group, checked=checked)
+            if pending is not None and _copy_follows(pending, new):
+                pending = pending._replace(nbytes=pending.nbytes + new.nbytes)
+                continue
+            if pending is not None:
+                yield pending
+            pending = new
     if pending is not None:
         yield pending
 
 
+def _copies_files(layout: Layout) -> bool:
+    """Whether the data of a layout is that of the input's files, as they are."""
+    return any(file.copy_of in [s.path for s in layout.last.files] for file in layout.files)
+
+
+def _copies(
+    tensor: Tensor, asked: Sequence[_Wanted], index: Index, first_input: int
+) -> Iterator[Copy]:
+    """Yield the copies of one tensor: one for each box where it or an output is sliced."""
+    if not asked or not tensor.extent.nbytes:
+        return
+    swaps = [_copy_swap(index, destination, tensor) for _, destination, _, _ in asked]
+    sliced = tensor.slices or any(made.slices for *_, made in asked)
+    width = max(tensor.dtype.bits // 8, 1)
+    for box in regions.common_boxes([tensor, *(t for *_, t in asked)]) if sliced else [None]:
+        targets = []
+        for (_, destination, _, made), swap in zip(asked, swaps, strict=True):
+            extent, offset, grid = _bytes_of(made, box, width)
+            file = destination.first_file + extent.file
+            targets.append(Target(file, offset, COPY, COPY, swap, grid))
+        extent, offset, grid = _bytes_of(tensor, box, width)
+        unit = (extent.offset, extent.offset + extent.nbytes) if sliced else None
+        n_bytes = extent.nbytes if box is None else box.elements * width
+        place = Place(first_input + extent.file, offset, grid, unit)
+        yield Copy(n_bytes, place, tuple(targets))
+
+
+def _copy_swap(index: Index, destination: Destination, tensor: Tensor) -> int:
+    differs = index.big_endian != destination.layout.big_endian
+    return swap_width(tensor.dtype.name) if differs else 0
+
+
+def _bytes_of(tensor: Tensor, box: regions.Box | None, width: int) -> regions.Region:
+    """Return where a box, or the whole tensor, lies, with rows counted in bytes."""
+    if box is None:
+        return regions.Region(tensor.extent, tensor.extent.offset, None)
+    extent, offset, grid = regions.region(tensor, box, width)
+    return regions.Region(extent, offset, grid and grid._replace(run=grid.run * width))
+
+
 def _copy_follows(before: Copy, after: Copy) -> bool:
     return (
-        before.file == after.file
-        and before.offset + before.nbytes == after.offset
+        not before.place.unit
+        and not after.place.unit
+        and before.place.file == after.place.file
+        and before.place.offset + before.nbytes == after.place.offset
         and _continue(before.targets, before.nbytes, after.targets)
     )
 
 
 def side_copies(destinations: Sequence[Destination], inputs: list[Stamp]) -> Iterator[Copy]:
-    """Yield the side files the outputs copy whole; their stamps are appended to `inputs`."""
-    ordinals: dict[str, int] = {}
+    """Yield the files the outputs copy whole; stamps of new ones are appended to `inputs`."""
+    ordinals = {stamp.path: ordinal for ordinal, stamp in enumerate(inputs)}
     for layout, _, first_file in destinations:
         for ordinal, file in enumerate(layout.files):
             if not file.copy_of or not file.nbytes:
@@ -167,4 +297,5 @@ def side_copies(destinations: Sequence[Destination], inputs: list[Stamp]) -> Ite
                 ordinals[file.copy_of] = len(inputs)
                 inputs.append(stamp_of(file.copy_of))
             target = Target(first_file + ordinal, 0, COPY, COPY)
-            yield Copy(file.nbytes, ordinals[file.copy_of], 0, (target,))
+            place = Place(ordinals[file.copy_of], 0)
+            yield Copy(file.nbytes, place, (target,))

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from ema_cli import formats
+from ema_cli import formats, regions
+from ema_cli.checksums import Running
 from ema_cli.errors import Disagreement
-from ema_cli.files import check_unchanged, open_input, read_exact
+from ema_cli.files import Handles, open_unchanged, read_exact
+from ema_cli.formats import safetensors
 from ema_cli.kernel import Array
-from ema_cli.naming import STEP_NAMES
+from ema_cli.naming import STEP_NAMES, role_in, role_of
 from ema_cli.steps import step_from_name, stored_step
-from ema_cli.tensors import DTYPES, Checkpoint, DType, Tensor, numpy_dtype
+from ema_cli.tensors import DTYPES, Checkpoint, DType, Extent, Role, Tensor, numpy_dtype, swap_width
 from ema_cli.text import shorten
+from ema_cli.verifying import check_sums
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
+_OPEN_FILES = 16
 
 
 class TensorReader:
-    """One tensor of a checkpoint; packed dtypes are read as bytes. A context that closes it.
+    """One tensor of a checkpoint, verified where that keeps checksums. A context that closes it.
+
+    Packed dtypes and those of variable width are read as bytes.
 
     Attributes:
         dtype: NumPy dtype of the blocks.
@@ -30,15 +36,19 @@ class TensorReader:
     """
 
     def __init__(self, checkpoint: Checkpoint, tensor: Tensor) -> None:
-        self._stamp = checkpoint.files[tensor.extent.file]
-        self._offset = tensor.extent.offset
-        packed = tensor.dtype.bits < 8
-        self.dtype = np.dtype(np.uint8) if packed else numpy_dtype(tensor.dtype.name)
+        self._checkpoint = checkpoint
+        self._tensor = tensor
+        fixed = tensor.dtype.bits >= 8
+        self.dtype = numpy_dtype(tensor.dtype.name) if fixed else np.dtype(np.uint8)
+        self._swap = swap_width(tensor.dtype.name) if checkpoint.index.big_endian else 0
         self.elements = tensor.extent.nbytes // self.dtype.itemsize
-        self._fd = open_input(self._stamp.path)
+        self._running: dict[Extent, Running] = {}
+        self._verified = tensor.dtype.bits > 0 and checkpoint.checksums is not None
+        self._handles = Handles(lambda file: open_unchanged(checkpoint.files[file]), _OPEN_FILES)
 
     def __enter__(self) -> TensorReader:
-        check_unchanged(self._fd, self._stamp)
+        for extent in self._tensor.extents:
+            self._handles.fd(extent.file)  # a file that is gone or another is told now
         return self
 
     def __exit__(
@@ -47,14 +57,39 @@ class TensorReader:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        os.close(self._fd)
+        self._handles.__exit__(kind, error, trace)
+        complete = all(running.nbytes == extent.nbytes for extent, running in self._running.items())
+        if kind is None and complete and self._running:
+            damage = check_sums(
+                self._checkpoint,
+                self._tensor,
+                {extent: running.crc for extent, running in self._running.items()},
+            )
+            if damage is not None:
+                raise damage
 
     def block(self, start: int, count: int) -> Array:
         """Return a new flat array of `count` elements from element `start`."""
         array: Array = np.empty(count, self.dtype)
-        offset = self._offset + start * self.dtype.itemsize
-        read_exact(self._fd, array.view(np.uint8).data, offset, self._stamp.path)
+        view = array.view(np.uint8).data
+        width = self.dtype.itemsize
+        done = 0
+        for extent, offset, n in self._stretches(start, count):
+            part = view[done : done + n * width]
+            path = self._checkpoint.files[extent.file].path
+            read_exact(self._handles.fd(extent.file), part, offset, path)
+            if self._verified:
+                self._running.setdefault(extent, Running()).add(offset, part)
+            done += n * width
+        if self._swap:
+            array.view(f"u{self._swap}").byteswap(inplace=True)
         return array
+
+    def _stretches(self, start: int, count: int) -> Iterable[tuple[Extent, int, int]]:
+        extent = self._tensor.extent
+        if not self._tensor.slices:
+            return [(extent, extent.offset + start * self.dtype.itemsize, count)]
+        return regions.pieces(self._tensor, self.dtype.itemsize, start, count)
 
 
 class ArrayReader:
@@ -97,6 +132,25 @@ class Values:
             self.where = shorten(self._checkpoint.path, 1000)
             tensors = self._checkpoint.index.tensors
             self.specs = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
+
+    @property
+    def storable(self) -> list[str]:
+        """The tensors that a store of shadows can hold beside them: not strings, for one."""
+        return [
+            name
+            for name, (dtype, _) in self.specs.items()
+            if safetensors.representable(dtype) and safetensors.can_name(name)
+        ]
+
+    def trainable(self, name: str) -> tuple[str, ...]:
+        """Return what is averaged unless said otherwise; `name` is that of the shadows."""
+        index = self._checkpoint.index if self._checkpoint else None
+        return tuple(
+            tensor
+            for tensor, (dtype, _) in self.specs.items()
+            if dtype.averaged
+            and (role_in(index, tensor, name) if index else role_of(tensor, name)) is Role.VARIABLE
+        )
 
     def open(self, name: str) -> TensorReader | ArrayReader:
         """Return a reader of one tensor."""

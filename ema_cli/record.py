@@ -66,7 +66,7 @@ def _inputs(plan: Plan, outcome: Outcome) -> list[dict[str, Any]]:
     coefficients = plan.schedules[outcome.schedule].coefficients
     rows = []
     for k, checkpoint in enumerate(plan.run.checkpoints):
-        digests = checkpoint.index.header_digests
+        digests = checkpoint.digests
         rows.append(
             {
                 "path": checkpoint.path,

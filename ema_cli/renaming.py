@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from ema_cli import machine, naming, provenance, ranges
+from ema_cli.blueprint import COPY, Entry, Layout
 from ema_cli.durable import free_bytes
 from ema_cli.errors import Disagreement
 from ema_cli.formats import read
-from ema_cli.layout import COPY, Entry, Layout, Wishes, lay_out_entries
-from ema_cli.naming import Role, role_of, shadow_of, variable_of
+from ema_cli.layout import Wishes, lay_out_entries
+from ema_cli.naming import role_of, shadow_of, variable_of
 from ema_cli.plan import BASE_BYTES, Costs, Plan, Request
 from ema_cli.ranges import Destination
 from ema_cli.runs import Run
-from ema_cli.tensors import Checkpoint, Tensor
+from ema_cli.tensors import Checkpoint, Role, Tensor
 from ema_cli.text import command, shorten
 
 TOWARDS = ("shadow", "variable")
@@ -52,9 +53,10 @@ def make(request: Request, towards: str | None) -> tuple[Plan, Layout, Renamed]:
         entries, replaced, left_out = [_kept(t) for t in checkpoint.index.tensors], [], []
     rules = naming.compile_rules(wishes.rules)
     entries = [e._replace(name=naming.apply_rules(e.name, rules)) for e in entries]
-    naming.check_distinct((entry.name, entry.source) for entry in entries)
     changed = tuple((e.source, e.name) for e in entries if e.name != e.source)
-    layout = lay_out_entries(path, checkpoint, entries, wishes)
+    layout = lay_out_entries(
+        path, checkpoint, entries, wishes, [(name, "belongs to a shadow") for name in left_out]
+    )
     if not changed and layout.format == checkpoint.index.format:
         raise _nothing(request, towards)
     renamed = Renamed(path, changed, tuple(replaced), tuple(left_out), len(entries) - len(changed))
@@ -76,7 +78,7 @@ def _nothing(request: Request, towards: str | None) -> Disagreement:
 
 
 def _kept(tensor: Tensor) -> Entry:
-    return Entry(tensor.name, tensor.dtype, tensor.shape, COPY, tensor.name)
+    return Entry(tensor.name, tensor.dtype, tensor.shape, COPY, tensor.name, tensor.slices)
 
 
 def _towards_variable(
@@ -124,7 +126,7 @@ def _towards_shadow(checkpoint: Checkpoint, wishes: Wishes) -> list[Entry]:
 def _plan(request: Request, checkpoint: Checkpoint, layout: Layout) -> Plan:
     destination = [Destination(layout, 0, 0)]
     inputs = list(checkpoint.files)
-    copies = list(ranges.copied_ranges(checkpoint.index, destination, 0))
+    copies = list(ranges.copied_ranges(checkpoint, destination, 0))
     copies += ranges.side_copies(destination, inputs)
     costs = Costs(
         sum(copy.nbytes for copy in copies),

@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from ema_cli import formats
 from ema_cli.errors import InputError, UsageError
 from ema_cli.files import read_small
+from ema_cli.formats.tensorflow import graphs
 from ema_cli.naming import (
     Restored,
-    Role,
     Rule,
     check_rules,
     restore_map,
-    role_of,
+    role_in,
     ruling,
+    shadow_of,
     variable_of,
 )
-from ema_cli.tensors import Checkpoint, Index, Tensor, describe
+from ema_cli.tensors import Checkpoint, Index, Role, Tensor, describe
 from ema_cli.text import near_misses, shorten
 
 _LIST_LIMIT = 16 << 20
@@ -58,12 +59,14 @@ def restored(
     if program is None:
         variables = _variables(saved, name)
         check_rules(rules, variables)
-        rows = restore_map(saved.by_name, _averaged(variables, rules, name), name)
+        rows = restore_map(saved.by_name, _averaged(saved, variables, rules, name), name)
+    elif isinstance(program, str) and graphs.is_graph(program):
+        rows = _of_graph(program, saved, rules, name)
     elif isinstance(program, str) and _is_checkpoint(program):
         asking = formats.read(program, {}).index
         variables = _variables(asking, name)
         check_rules(rules, variables)
-        rows = restore_map(saved.by_name, _averaged(variables, rules, name), name)
+        rows = restore_map(saved.by_name, _averaged(asking, variables, rules, name), name)
         rows = [_fitting(row, variables.get(row.variable), saved) for row in rows]
     elif rules:
         raise UsageError(
@@ -96,14 +99,16 @@ def _variables(index: Index, name: str) -> Mapping[str, Tensor]:
     """Return the variables a checkpoint tells of: plain ones, and those only a shadow tells of."""
     variables: dict[str, Tensor] = {}
     for tensor in index.tensors:
-        if role_of(tensor.name, name) is not Role.SHADOW:
+        if role_in(index, tensor.name, name) is not Role.SHADOW:
             variables[tensor.name] = tensor
         elif (variable := variable_of(tensor.name, name)) is not None:
             variables.setdefault(variable, tensor)
     return variables
 
 
-def _averaged(variables: Mapping[str, Tensor], rules: Sequence[Rule], name: str) -> dict[str, bool]:
+def _averaged(
+    index: Index, variables: Mapping[str, Tensor], rules: Sequence[Rule], name: str
+) -> dict[str, bool]:
     """Return for each variable whether it is asked for under its shadow name.
 
     As TensorFlow has it: the trainable variables, not the statistics; rules override.
@@ -111,9 +116,38 @@ def _averaged(variables: Mapping[str, Tensor], rules: Sequence[Rule], name: str)
     averaged = {}
     for variable, tensor in variables.items():
         rule = ruling(rules, variable)
-        by_role = role_of(variable, name) is Role.VARIABLE and tensor.dtype.averaged
+        recorded = index.roles.get(variable) is Role.VARIABLE
+        by_role = recorded or (
+            role_in(index, variable, name) is Role.VARIABLE and tensor.dtype.averaged
+        )
         averaged[variable] = by_role if rule is None else rule.include
     return averaged
+
+
+def _of_graph(path: str, saved: Index, rules: Sequence[Rule], name: str) -> list[Restored]:
+    """Return what a program with the graph at `path` asks for, variable by variable."""
+    found = graphs.collections(path)
+    listed = {
+        one.name: one for one in (*(found.variables or ()), *found.trainable, *found.moving_average)
+    }
+    check_rules(rules, listed)
+    averaged = {one.name for one in (*found.trainable, *found.moving_average)}
+    asked = {}
+    for variable in listed:
+        rule = ruling(rules, variable)
+        asked[variable] = variable in averaged if rule is None else rule.include
+    rows = restore_map(saved.by_name, asked, name)
+    return [_partition(row, listed[row.variable], saved, name) for row in rows]
+
+
+def _partition(row: Restored, variable: graphs.Listed, saved: Index, name: str) -> Restored:
+    """Return the row; TensorFlow asks for a partition by a name under which it never saves one."""
+    whole = shadow_of(variable.key, name)
+    whole = variable.key if row.restore_name == row.variable else whole
+    if not variable.partition or row.source != "missing" or whole not in saved.by_name:
+        return row
+    note = f"a partition of '{shorten(whole)}', which is saved whole"
+    return row._replace(note=note)
 
 
 def _fitting(row: Restored, wanted: Tensor | None, saved: Index) -> Restored:

@@ -12,14 +12,16 @@ from typing import Any
 
 from ema_cli import engine, files, flaws, provenance, record
 from ema_cli import plan as planning
+from ema_cli.blueprint import Layout
+from ema_cli.destination import check_destination, repair
 from ema_cli.engine import Progress
 from ema_cli.errors import InputError, UsageError
-from ema_cli.layout import Layout
-from ema_cli.output import Unpublished, check_destination, repair
+from ema_cli.output import Unpublished
 from ema_cli.plan import Outcome, Plan
 from ema_cli.runs import PassedOver, Run
 from ema_cli.tensors import Stamp
 from ema_cli.text import shorten
+from ema_cli.verifying import Verifier
 from ema_cli.warnings import PlanWarning, warnings
 
 OnEvent = Callable[[Progress], None]
@@ -87,7 +89,7 @@ def run_plan(
     found = tuple(warnings(plan))
     documents = [_document(plan, outcome) for outcome in plan.outcomes]
     for outcome in plan.outcomes:
-        if outcome.layout.folder:
+        if outcome.layout.kind != "file":
             repair(outcome.layout)
         provenance.recover(outcome.layout.path)
     same = [
@@ -186,7 +188,8 @@ def produce(
         pool = stack.enter_context(_executor(executor, plan.request.workers))
         made = [stack.enter_context(Unpublished(layout, overwrite=overwrite)) for layout in layouts]
         paths = [path for one in made for path in one.paths]
-        flaw = engine.carry_out(plan, paths, pool, on_event or _ignore)
+        verifier = Verifier(plan)
+        flaw = engine.carry_out(plan, paths, pool, on_event or _ignore, verifier.add)
         if flaw is not None:
             raise flaws.explain(plan, flaw)
         sums = [one.seal(pool) for one in made]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from ema_cli import formats, provenance
 from ema_cli.durable import is_temporary
 from ema_cli.errors import Disagreement, InputError, NothingToAverage, UsageError
-from ema_cli.formats import Known, foreign, sharded
-from ema_cli.steps import Step, compile_step_from, step_from_name, stored_step
+from ema_cli.formats import Known, foreign, sharded, tensorflow
+from ema_cli.steps import Step, compile_step_from, save_counter, step_from_name, stored_step
 from ema_cli.tensors import Checkpoint
 from ema_cli.text import command, plural, shorten
 
@@ -20,7 +20,8 @@ ORDERS = ("step", "given")
 
 _ALIAS = re.compile(r"(?:last|latest|best|final|current|newest)(?:[._-]|$)", re.IGNORECASE)
 _TEMPORARY = re.compile(
-    r"(?:^|[._-])(?:tmp|temp|partial|incomplete)(?:[._-]|$)|\.part$|~$|^tmp", re.IGNORECASE
+    r"(?:^|[._-])(?:tmp|temp|partial|incomplete)(?:[._-]|$)|\.part$|\.tempstate\d*$|~$|^tmp",
+    re.IGNORECASE,
 )
 _NUMBERED_FOLDER = re.compile(
     r"(?:checkpoint|ckpt|step|iter(?:ation)?)s?[=_-]?\d+$|^\d+$", re.IGNORECASE
@@ -88,7 +89,7 @@ def find(paths: Sequence[str], choice: Choice, known: Known | None = None) -> Ru
     if not searching and choice.glob is not None:
         raise UsageError("--glob chooses entries of one directory; name that directory alone")
     for path in paths:
-        if not os.path.lexists(path):
+        if not os.path.lexists(path) and tensorflow.prefix_of(path) is None:
             raise InputError(f"{shorten(path, 1000)}: no such file or directory")
     found = _search(paths[0], choice, known) if searching else _named(paths, choice, known)
     found = _filtered(_ordered(found, choice, explicit=not found.searched), choice)
@@ -106,6 +107,8 @@ def is_run(path: str, choice: Choice) -> bool:
     """Whether a directory holds checkpoints rather than being one itself."""
     if choice.glob is not None:
         return True
+    if tensorflow.saved_model_in(path) is not None:
+        return False
     indexes, weights = sharded.contents(path)
     if not indexes and (len(weights) != 1 or step_from_name(weights[0]) is not None):
         return True
@@ -131,13 +134,20 @@ def _nothing(paths: Sequence[str], passed_over: Sequence[PassedOver]) -> Nothing
 def _search(root: str, choice: Choice, known: Known) -> Run:
     entries = sorted(os.listdir(root))
     candidates, passed_over = _candidates(root, entries, choice)
+    candidates, parts = _grouped(root, candidates)
+    passed_over += parts
+    flat = choice.glob is None and any(_is_prefix(os.path.join(root, c)) for c in candidates)
     paths = [os.path.join(root, name) for name in candidates]
     siblings = {os.path.realpath(path) for path in paths if not os.path.islink(path)}
     checkpoints: list[Checkpoint] = []
     seen: set[tuple[int, int]] = set()
     for name in candidates:
         path = os.path.join(root, name)
-        outcome = _reason_by_name(path, siblings) or _reason_by_identity(path, seen)
+        outcome = (
+            _reason_by_name(path, siblings)
+            or _reason_by_identity(path, seen)
+            or _reason_by_place(path, flat)
+        )
         taken = outcome or _read(path, name, choice, known)
         if isinstance(taken, Checkpoint):
             checkpoints.append(taken)
@@ -154,13 +164,53 @@ def _candidates(
     import glob as globbing  # only with --glob
 
     matched = sorted(globbing.glob(choice.glob, root_dir=root))
-    firsts = {name.split("/", 1)[0] for name in matched}
-    skipped = [
-        PassedOver(os.path.join(root, name), "not matched by --glob")
-        for name in entries
-        if name not in firsts
+    firsts = {tensorflow.stem_of(name) or name for name in (m.split("/", 1)[0] for m in matched)}
+    skipped = {tensorflow.stem_of(name) or name for name in entries} - firsts
+    return matched, [
+        PassedOver(os.path.join(root, name), "not matched by --glob") for name in sorted(skipped)
     ]
-    return matched, skipped
+
+
+def _grouped(root: str, names: Sequence[str]) -> tuple[list[str], list[PassedOver]]:
+    """Put the prefix of a TensorFlow checkpoint in the place of its files, each once.
+
+    Of files whose index is not there one is told, with the reason.
+    """
+    grouped: dict[str, None] = {}
+    parts: dict[str, PassedOver] = {}
+    for name in names:
+        stem = tensorflow.stem_of(name)
+        path = os.path.join(root, name)
+        if os.path.isdir(path) or os.path.basename(name).startswith("."):
+            grouped[name] = None
+        elif os.path.basename(name) == tensorflow.STATE_FILE:
+            parts[name] = PassedOver(path, "TensorFlow's state file")
+        elif stem is None:
+            grouped[name] = None
+        elif _is_prefix(os.path.join(root, stem)):
+            grouped[stem] = None
+        elif not name.endswith(tensorflow.SUFFIX):
+            graph = name.endswith(tensorflow.META_SUFFIX)
+            missing = "its index is missing: still being written, or deleted"
+            reason = "a graph without its checkpoint" if graph else missing
+            parts.setdefault(stem, PassedOver(path, reason))
+        else:
+            grouped[name] = None
+    return list(grouped), list(parts.values())
+
+
+def _is_prefix(path: str) -> bool:
+    return tensorflow.prefix_of(path) == path
+
+
+def _reason_by_place(path: str, flat: bool) -> PassedOver | None:
+    """A folder of TensorFlow checkpoints is no checkpoint of the run around it."""
+    if not os.path.isdir(path) or tensorflow.saved_model_in(path) is not None:
+        return None
+    inside = len(tensorflow.prefixes(path))
+    if inside > 1 or (inside and flat):
+        return PassedOver(path, f"a folder with {plural(inside, 'checkpoint')} of its own")
+    return None
 
 
 def _reason_by_name(path: str, siblings: set[str]) -> PassedOver | None:
@@ -186,7 +236,7 @@ def _reason_by_name(path: str, siblings: set[str]) -> PassedOver | None:
 
 def _reason_by_identity(path: str, seen: set[tuple[int, int]]) -> PassedOver | None:
     try:
-        status = os.stat(path)
+        status = os.stat(path + tensorflow.SUFFIX if _is_prefix(path) else path)
     except OSError as error:
         return PassedOver(path, os.strerror(error.errno or 0), unusable=_promising(path))
     identity = (status.st_dev, status.st_ino)
@@ -198,7 +248,8 @@ def _reason_by_identity(path: str, seen: set[tuple[int, int]]) -> PassedOver | N
 
 def _promising(path: str) -> bool:
     """Whether the name alone says that a checkpoint is meant."""
-    return any(path.endswith(f.suffix) for f in formats.FORMATS.values() if f.suffix)
+    named = any(path.endswith(f.suffix) for f in formats.FORMATS.values() if f.suffix)
+    return named or _is_prefix(path)
 
 
 def _read(path: str, within: str, choice: Choice, known: Known) -> Checkpoint | PassedOver:
@@ -234,7 +285,7 @@ def _with_step(checkpoint: Checkpoint, choice: Choice) -> Checkpoint:
     if stored is None:
         return dataclasses.replace(checkpoint, step=told)
     notes = checkpoint.notes
-    if told is not None and told != stored.value:
+    if told is not None and told not in (stored.value, save_counter(checkpoint)):
         where = shorten(checkpoint.path, 1000)
         notes += (f"{where}: its {stored.source} says step {stored.value}, its name says {told}",)
     return dataclasses.replace(checkpoint, step=stored.value, notes=notes)

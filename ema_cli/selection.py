@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ema_cli.errors import Disagreement, NothingToAverage, UnsupportedInput
-from ema_cli.naming import Role, Rule, check_rules, role_of, ruling
-from ema_cli.tensors import Checkpoint, DType, Index, Tensor, describe
+from ema_cli.naming import Rule, check_rules, role_in, ruling
+from ema_cli.tensors import Checkpoint, DType, Index, Role, Tensor, describe
 from ema_cli.text import near_misses, shorten
 
 STATISTICS = ("average", "copy")
@@ -64,7 +64,7 @@ def select(
     for quantised models, `NothingToAverage` when no tensor is averaged.
     """
     _refuse_named(rules, index)
-    choices = [_choose(tensor, rules, statistics, name) for tensor in index.tensors]
+    choices = [_choose(index, tensor, rules, statistics, name) for tensor in index.tensors]
     choices = _replace_shadows(choices, name)
     _refuse_quantized(choices, index, where)
 
@@ -87,21 +87,28 @@ def check_rules_of(rules: Sequence[Rule], indexes: Iterable[Index]) -> None:
 
 
 def _replace_shadows(choices: list[Choice], name: str) -> list[Choice]:
-    """Our own shadows of averaged variables are replaced, whatever a wildcard says of them."""
+    """Our own shadows of averaged variables are replaced, whatever a wildcard says of them.
+
+    That of a variable which is not averaged stays what the training program made it.
+    """
     averaged = {choice.tensor.name for choice in choices if choice.action == AVERAGED}
     own = re.compile(rf"(.+)/{re.escape(name)}(?:/biased|/local_step)?", re.DOTALL)
 
     def replaced(choice: Choice) -> Choice:
         match = own.fullmatch(choice.tensor.name)
-        if match is None or match[1] not in averaged:
-            return choice
-        return Choice(choice.tensor, REPLACED, "replaced by this average")
+        if match is not None and match[1] in averaged:
+            return Choice(choice.tensor, REPLACED, "replaced by this average")
+        if choice.action == REPLACED:
+            return Choice(choice.tensor, COPIED, "its variable is not averaged")
+        return choice
 
     return [replaced(choice) for choice in choices]
 
 
-def _choose(tensor: Tensor, rules: Sequence[Rule], statistics: str, name: str) -> Choice:
-    role = role_of(tensor.name, name)
+def _choose(
+    index: Index, tensor: Tensor, rules: Sequence[Rule], statistics: str, name: str
+) -> Choice:
+    role = role_in(index, tensor.name, name)
     rule = ruling(rules, tensor.name)
     if not tensor.dtype.averaged:
         return _choose_exact(tensor, role, rule)
@@ -194,10 +201,11 @@ def check_agreement(
         where = shorten(checkpoint.path, 1000)
         for tensor_name in wanted:
             _check_tensor(where, tensor_name, wanted, checkpoint.index)
+            _check_full_name(where, tensor_name, last.index, checkpoint.index)
         for tensor in checkpoint.index.tensors:
             if tensor.name in wanted or tensor.name in last.index.by_name:
                 continue
-            if _choose(tensor, rules, statistics, name).action == AVERAGED:
+            if _choose(checkpoint.index, tensor, rules, statistics, name).action == AVERAGED:
                 raise Disagreement(
                     f"{shorten(last.path, 1000)}: tensor '{shorten(tensor.name)}' is missing: "
                     f"{where} has {describe(tensor.dtype, tensor.shape)}",
@@ -222,6 +230,18 @@ def _check_tensor(
             f"{where}: tensor '{shorten(name)}': expected {shown} as in the last checkpoint, "
             f"found {describe(tensor.dtype, tensor.shape)}",
             _exclude_hint(name),
+        )
+
+
+def _check_full_name(where: str, name: str, last: Index, other: Index) -> None:
+    """Keras numbers the variables of an export in any order: one key, another variable."""
+    expected, found = last.full_names.get(name), other.full_names.get(name)
+    if expected != found:
+        raise Disagreement(
+            f"{where}: tensor '{shorten(name)}': expected the variable "
+            f"'{shorten(str(expected))}' as in the last checkpoint, found '{shorten(str(found))}'",
+            "average the training checkpoints rather than exported models, or leave these "
+            f"out: --exclude '{shorten(name)}'",
         )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ema_cli.errors import InputError, UsageError
 from ema_cli.files import open_input, read_exact, read_small
-from ema_cli.naming import STEP_NAMES
+from ema_cli.naming import STEP_NAMES, VALUE_SUFFIX
 from ema_cli.tensors import Checkpoint, Tensor, numpy_dtype
 from ema_cli.text import shorten
 
@@ -38,6 +38,14 @@ _EPOCH = re.compile(r"(?:^|[^a-z])epochs?[=_-]?(\d+)", re.IGNORECASE)
 _NUMBER = re.compile(r"\d+")
 # What makes a number another one: 1e3, 1,200 and 100k are no steps we can read.
 _ODD = re.compile(r"e\d|,\d|[kmgbt](?![a-z])", re.IGNORECASE)
+
+
+# Also those of TensorFlow's object graphs, and what its optimizers count.
+STORED_NAMES = (
+    *STEP_NAMES,
+    *(name + VALUE_SUFFIX for name in STEP_NAMES),
+    *(f"optimizer/{name}{VALUE_SUFFIX}" for name in ("_iterations", "iterations", "iter")),
+)
 
 
 class Step(NamedTuple):
@@ -92,14 +100,25 @@ def stored_step(checkpoint: Checkpoint) -> Step | None:
     A scalar tensor called ``global_step``, ``step`` or ``iterations``; else ``global_step`` of the
     ``trainer_state.json`` that lies in a checkpoint's folder.
     """
-    for name in STEP_NAMES:
+    for name in STORED_NAMES:
         tensor = checkpoint.index.by_name.get(name)
-        if tensor is not None and tensor.elements == 1 and tensor.dtype.bits >= 8:
+        if (
+            tensor is not None
+            and tensor.elements == 1
+            and tensor.dtype.bits >= 8
+            and not tensor.slices
+        ):
             value = _scalar(checkpoint, tensor)
             if value is not None:
                 return Step(value, f"tensor {name}")
     folder = checkpoint.path if os.path.isdir(checkpoint.path) else None
     return _trainer_step(os.path.join(folder, TRAINER_STATE)) if folder else None
+
+
+def save_counter(checkpoint: Checkpoint) -> int | None:
+    """Return how often tf.train.Checkpoint had saved by then: the number in its names."""
+    tensor = checkpoint.index.by_name.get(f"save_counter{VALUE_SUFFIX}")
+    return _scalar(checkpoint, tensor) if tensor is not None and tensor.elements == 1 else None
 
 
 def _scalar(checkpoint: Checkpoint, tensor: Tensor) -> int | None:
@@ -111,8 +130,10 @@ def _scalar(checkpoint: Checkpoint, tensor: Tensor) -> int | None:
         read_exact(fd, memoryview(raw), tensor.extent.offset, stamp.path)
     finally:
         os.close(fd)
+    if checkpoint.index.big_endian:
+        raw.reverse()
     value = np.frombuffer(raw, numpy_dtype(tensor.dtype.name))[0]
-    if tensor.dtype.name in ("bool", "complex64"):
+    if tensor.dtype.name in ("bool", "complex64", "complex128"):
         return None
     number = float(value) if tensor.dtype.floating else int(value)
     return int(number) if 0 <= number < _LARGEST_STEP and number == number // 1 else None

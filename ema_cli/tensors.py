@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,8 @@ class DType:
 
     Attributes:
         name: as NumPy or ml_dtypes spell it, e.g. ``"bfloat16"``.
-        bits: width of one element; 4 and 6 bit types are packed.
+        bits: width of one element; 4 and 6 bit types are packed, and 0 stands for the variable
+            width of strings and variants, which are only ever carried verbatim.
         averaged: whether TensorFlow's moving average takes it (half, bfloat16, float, double).
         floating: whether it holds real numbers; float8 and smaller are, but are never averaged.
     """
@@ -46,6 +48,18 @@ DTYPES: Mapping[str, DType] = {
         DType("uint64", 64),
         DType("int64", 64),
         DType("complex64", 64),
+        DType("complex128", 128),
+        DType("qint8", 8),
+        DType("quint8", 8),
+        DType("qint16", 16),
+        DType("quint16", 16),
+        DType("qint32", 32),
+        DType("int4", 8),
+        DType("uint4", 8),
+        DType("int2", 8),
+        DType("uint2", 8),
+        DType("string", 0),
+        DType("variant", 0),
         DType("float4_e2m1fn", 4, floating=True),
         DType("float6_e2m3fn", 6, floating=True),
         DType("float6_e3m2fn", 6, floating=True),
@@ -54,6 +68,8 @@ DTYPES: Mapping[str, DType] = {
         DType("float8_e5m2", 8, floating=True),
         DType("float8_e5m2fnuz", 8, floating=True),
         DType("float8_e8m0fnu", 8, floating=True),
+        DType("float8_e4m3b11fnuz", 8, floating=True),
+        DType("float4_e2m1fn_byte", 8, floating=True),
         DType("float16", 16, averaged=True, floating=True),
         DType("bfloat16", 16, averaged=True, floating=True),
         DType("float32", 32, averaged=True, floating=True),
@@ -64,20 +80,45 @@ DTYPES: Mapping[str, DType] = {
 AVERAGED_DTYPES = tuple(name for name, dtype in DTYPES.items() if dtype.averaged)
 
 
+# Kept by TensorFlow one value per byte; ml_dtypes knows the rest by their own names.
+_STORED_AS = {"float4_e2m1fn_byte": "float4_e2m1fn"}
+
+
 @functools.cache
 def numpy_dtype(name: str) -> NumpyDType:
     """Return the little-endian NumPy dtype called `name`; imports ml_dtypes only when needed.
 
-    Raises `TypeError` for packed types, which have no NumPy counterpart here.
+    Raises `TypeError` for packed types and those of variable width, which have no NumPy
+    counterpart here.
     """
     if DTYPES[name].bits < 8:
-        raise TypeError(f"{name} is packed and has no NumPy dtype")
-    if name == "bfloat16" or name.startswith("float8"):
+        raise TypeError(f"{name} has no NumPy dtype")
+    if name.startswith(("bfloat16", "float8", "float4", "int4", "uint4", "int2", "uint2")):
         import ml_dtypes
 
-        dtype: NumpyDType = np.dtype(getattr(ml_dtypes, name))
+        dtype: NumpyDType = np.dtype(getattr(ml_dtypes, _STORED_AS.get(name, name)))
         return dtype
-    return np.dtype(name).newbyteorder("<")
+    return np.dtype(name.removeprefix("q")).newbyteorder("<")
+
+
+@functools.cache
+def swap_width(name: str) -> int:
+    """Return how many bytes change places together when the byte order does; 0 for none."""
+    width = DTYPES[name].bits // 8
+    width = width // 2 if name.startswith("complex") else width
+    return width if width > 1 else 0
+
+
+class Role(enum.Enum):
+    """What a tensor is for: told by the checkpoint's own records, else by its name."""
+
+    VARIABLE = "variable"
+    STATISTICS = "statistics"
+    OPTIMIZER = "optimizer state"
+    SHADOW = "shadow"
+    OTHER_SHADOW = "shadow of another name"
+    COUNTER = "counter"
+    FIXED = "not trainable"
 
 
 class Extent(NamedTuple):
@@ -88,18 +129,47 @@ class Extent(NamedTuple):
     nbytes: int
 
 
+class Slice(NamedTuple):
+    """A box of a partitioned variable, stored as one piece in C order.
+
+    Attributes:
+        starts: first index along each dimension.
+        lengths: number of indices along each dimension.
+        whole: for each dimension, whether it was saved as "all of it" rather than by its length.
+        extent: where its bytes lie.
+    """
+
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+    whole: tuple[bool, ...]
+    extent: Extent
+
+
 class Tensor(NamedTuple):
-    """One named tensor of a checkpoint and where its bytes lie."""
+    """One named tensor of a checkpoint and where its bytes lie.
+
+    The `extent` of a partitioned variable lies in no file: it only tells how many bytes its
+    slices have together.
+    """
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
     extent: Extent
+    slices: tuple[Slice, ...] = ()
 
     @property
     def elements(self) -> int:
         """Number of elements; 1 for a scalar."""
         return math.prod(self.shape)
+
+    @property
+    def extents(self) -> tuple[Extent, ...]:
+        """The extents of its slices, or its only one."""
+        return tuple(s.extent for s in self.slices) if self.slices else (self.extent,)
+
+
+NO_FILE = -1
 
 
 def describe(dtype: DType, shape: tuple[int, ...]) -> str:
@@ -111,21 +181,30 @@ def describe(dtype: DType, shape: tuple[int, ...]) -> str:
 class Index:
     """Where each tensor of a checkpoint lies, byte for byte.
 
-    Checkpoints whose headers are the same bytes share one `Index`, so identity means equality.
+    Checkpoints whose headers say the same share one `Index`, so identity means equality.
 
     Attributes:
         format: a key of `ema_cli.formats.FORMATS`.
         tensors: in the order of their bytes (file, then offset).
-        names: the file names inside a folder checkpoint, or one empty string for a single file.
-        header_digests: SHA-256 of each file's header.
+        names: what tells the checkpoint's files apart: their names inside a folder, what follows
+            the prefix, or one empty string for a single file.
         metadata: the file level string metadata of the first file.
+        big_endian: whether numbers lie in big-endian byte order.
+        roles: what the checkpoint itself records of its tensors; empty when it records nothing.
+        roles_from: what recorded them, for people.
+        full_names: how the training program calls tensors that are saved under other names.
+        own: what the format keeps to write a checkpoint of the same structure.
     """
 
     format: str
     tensors: tuple[Tensor, ...]
     names: tuple[str, ...]
-    header_digests: tuple[str, ...]
-    metadata: Mapping[str, str]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    big_endian: bool = False
+    roles: Mapping[str, Role] = field(default_factory=dict)
+    roles_from: str = ""
+    full_names: Mapping[str, str] = field(default_factory=dict)
+    own: object = None
 
     @functools.cached_property
     def by_name(self) -> Mapping[str, Tensor]:
@@ -136,6 +215,16 @@ class Index:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.extent.nbytes for tensor in self.tensors)
+
+    @functools.cached_property
+    def extents(self) -> tuple[Extent, ...]:
+        """The extents of all tensors and slices, in the order of `Checkpoint.checksums`."""
+        return tuple(extent for tensor in self.tensors for extent in tensor.extents)
+
+    @functools.cached_property
+    def ordinals(self) -> Mapping[Extent, int]:
+        """The place of each extent in `extents`."""
+        return {extent: ordinal for ordinal, extent in enumerate(self.extents)}
 
 
 class Stamp(NamedTuple):
@@ -153,21 +242,26 @@ class Checkpoint:
 
     Attributes:
         path: as the user would name it.
-        files: the files that hold tensor bytes, in the order of `Extent.file`.
+        files: its files in the order of `Extent.file`, those without tensor bytes last.
         index: what it holds.
+        digests: SHA-256 of the header of each file, empty for a file without one.
         step: the training step, or None when nothing tells it.
         notes: what was odd about it, but no reason to refuse it.
         index_file: the file that lists its shards, or empty.
         within: its path inside the run's directory, where it was found by searching.
+        checksums: CRC-32C of each of ``index.extents`` as uint32, or None where the format has
+            none.
     """
 
     path: str
     files: tuple[Stamp, ...]
     index: Index
+    digests: tuple[str, ...]
     step: int | None = None
     notes: tuple[str, ...] = ()
     index_file: str = ""
     within: str = ""
+    checksums: np.ndarray[Any, np.dtype[np.uint32]] | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:

@@ -63,3 +63,12 @@ def near_misses(name: str, known: Iterable[str]) -> list[str]:
     import difflib  # only ever needed on the way to an error
 
     return difflib.get_close_matches(name, list(known)[:5000], n=3, cutoff=0.5)
+
+
+def encodable(text: str) -> bool:
+    """Whether `text` is UTF-8 when it is written, i.e. holds no lone surrogate."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -175,7 +175,7 @@ def _frozen(plan: Plan, outcome: Outcome) -> Iterator[PlanWarning]:
 
 
 def _names(request: Request, outcome: Outcome) -> Iterator[PlanWarning]:
-    if request.wishes.names == "shadow" and outcome.layout.folder:
+    if request.wishes.names == "shadow" and outcome.layout.kind == "folder":
         yield PlanWarning(
             "shadow-names",
             "a Hugging Face folder with shadow names: its loaders will not find "

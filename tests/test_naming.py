@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 import ema_cli
 from ema_cli import naming
 from ema_cli.errors import Disagreement, UsageError
-from ema_cli.naming import Role, Rule
+from ema_cli.formats.safetensors import can_name
+from ema_cli.naming import Rule
+from ema_cli.tensors import Role
 
 SHADOW = "ExponentialMovingAverage"
 CASES: dict[str, dict[str, Any]] = {
@@ -177,9 +179,9 @@ def test_bad_rules_are_refused(pattern: str, replacement: str) -> None:
 
 def test_collisions_are_refused() -> None:
     """Two tensors that would get one name are exit code 13, with all three names."""
-    naming.check_distinct([("a", "x"), ("b", "y")])
+    naming.check_distinct([("a", "x"), ("b", "y")], can_name)
     with pytest.raises(Disagreement, match=r"'a': 'x' and 'z'") as caught:
-        naming.check_distinct([("a", "x"), ("b", "y"), ("a", "z")])
+        naming.check_distinct([("a", "x"), ("b", "y"), ("a", "z")], can_name)
     assert caught.value.exit_code == 13
 
 

@@ -275,4 +275,7 @@ def test_names_of_the_output(tmp_path: Path) -> None:
     assert written(tmp_path, optimizer="keep") == averages | rest | optimizer
     raw = {"conv/kernel", "bn/gamma"}
     assert written(tmp_path, keep_variables=True) == averages | rest | raw
-    assert written(tmp_path, names="variable") == raw | rest
+    assert written(tmp_path, names="variable", optimizer="drop") == raw | rest
+    # A template keeps every entry; shadows of the training become this average too.
+    shadows = {"conv/kernel" + SHADOW, "bn/moving_mean" + SHADOW}
+    assert written(tmp_path, names="variable") == raw | rest | optimizer | shadows

@@ -75,7 +75,7 @@ def _run(out: Out, run: Run) -> None:
 
 def _checkpoint(out: Out, checkpoint: Checkpoint, name: str) -> None:
     from ema_cli import provenance
-    from ema_cli.naming import role_of
+    from ema_cli.naming import role_in
 
     index = checkpoint.index
     rows: list[dict[str, Any]] = [
@@ -84,7 +84,7 @@ def _checkpoint(out: Out, checkpoint: Checkpoint, name: str) -> None:
             "dtype": tensor.dtype.name,
             "shape": list(tensor.shape),
             "bytes": tensor.extent.nbytes,
-            "role": role_of(tensor.name, name).value,
+            "role": role_in(index, tensor.name, name).value,
             "file": index.names[tensor.extent.file],
         }
         for tensor in index.tensors

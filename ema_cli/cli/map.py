@@ -112,7 +112,8 @@ def _hint(found: RestoreMap, checkpoint: str, name: str) -> str:
 
 def _unsaved(lost: Sequence[Restored], name: str) -> str:
     """Say what to do about names that are saved nowhere in the checkpoint."""
-    from ema_cli.naming import Role, role_of
+    from ema_cli.naming import role_of
+    from ema_cli.tensors import Role
 
     if all(role_of(row.variable, name) is Role.OPTIMIZER for row in lost):
         return "write the optimizer state too: ema-avg run RUN -o OUT --optimizer keep"

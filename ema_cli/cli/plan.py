@@ -57,8 +57,8 @@ def show(out: Out, arguments: dict[str, Any], *, overwrite: bool = False) -> int
     """Make and print the plan; returns the exit code."""
     from ema_cli import api, running
     from ema_cli.cli import planview
+    from ema_cli.destination import check_destination
     from ema_cli.errors import OutputExists
-    from ema_cli.output import check_destination
     from ema_cli.warnings import warnings
 
     made = api.plan_run(**arguments)

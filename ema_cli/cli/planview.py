@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ema_cli.naming import Role, role_of
+from ema_cli.naming import role_in
 from ema_cli.record import copied
+from ema_cli.tensors import Role
 from ema_cli.text import command, percent, plural, shorten, size
 from ema_cli.views import Cell, Out
 
@@ -113,7 +114,7 @@ def _tensors(out: Out, outcome: Outcome) -> None:
     out.line(f"  averaged: {plural(len(selection.averaged), 'tensor')}, {size(nbytes)}")
     copies = copied(outcome)
     left_out = dict(outcome.layout.left_out)
-    if any(role_of(t.name, "") is Role.STATISTICS for t in selection.averaged):
+    if _statistics(outcome):
         out.line(f"  {BATCH_NORM}")
     _counted(out, "copied", Counter(reason for _, reason in copies))
     _counted(out, "left out", Counter(left_out.values()))
@@ -127,6 +128,13 @@ def _tensors(out: Out, outcome: Outcome) -> None:
         out.detail(f"left out: {shorten(name)}: {reason}")
 
 
+def _statistics(outcome: Outcome) -> bool:
+    """Whether batch-norm statistics are averaged."""
+    index = outcome.last.index
+    averaged = outcome.selection.averaged
+    return any(role_in(index, tensor.name, "") is Role.STATISTICS for tensor in averaged)
+
+
 def _counted(out: Out, word: str, reasons: Counter[str]) -> None:
     for reason, count in reasons.items():
         out.line(f"  {word}: {plural(count, 'tensor')} ({reason})")
@@ -135,7 +143,7 @@ def _counted(out: Out, word: str, reasons: Counter[str]) -> None:
 def loading(outcome: Outcome) -> str:
     """Return the command or line of code that loads an output."""
     path, layout = outcome.layout.path, outcome.layout
-    if layout.folder and layout.names == "variable":
+    if layout.kind == "folder" and layout.names == "variable":
         names = [file.name for file in layout.files]
         if "config.json" not in names:
             weights = os.path.join(path, names[0])
@@ -172,7 +180,7 @@ def summary(out: Out, plan: Plan, outcome: Outcome) -> None:
         out.detail(f"  copied: {shorten(name)}: {reason}")
     for name, reason in outcome.layout.left_out:
         out.detail(f"  left out: {shorten(name)}: {reason}")
-    if any(role_of(t.name, "") is Role.STATISTICS for t in selection.averaged):
+    if _statistics(outcome):
         out.say(f"  {BATCH_NORM}")
     verb = "check it" if outcome.layout.names == "shadow" else "load it"
     out.say(f"  {verb}: {loading(outcome)}")

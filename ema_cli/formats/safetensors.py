@@ -15,14 +15,16 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ema_cli.errors import DamagedFile
+from ema_cli.blueprint import Draft, Entry, File
+from ema_cli.errors import DamagedFile, EmaError
 from ema_cli.files import open_input, read_exact, stamp
+from ema_cli.formats.known import Known
 from ema_cli.formats.scanning import Repeated, Scanner
 from ema_cli.tensors import DTYPES, Checkpoint, DType, Extent, Index, Stamp, Tensor
-from ema_cli.text import shorten, size
+from ema_cli.text import encodable, shorten, size
 
 NAME = "safetensors"
 SUFFIX = ".safetensors"
@@ -67,10 +69,6 @@ _ORDER = {name: -place for place, name in enumerate(_CODES.values())}
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
-# Indexes parsed so far, by header digest and file size: the checkpoints of a run mostly share one.
-Known = dict[tuple[str, ...], Index]
-
-
 # ---------------------------------------------------------------------------- reading
 
 
@@ -95,8 +93,8 @@ def read(path: str, known: Known) -> Checkpoint:
     key = known_as(digest, file.size)
     if key not in known:
         tensors, metadata = _parse(path, raw, file.size)
-        known[key] = Index(NAME, tensors, ("",), (digest,), metadata)
-    return Checkpoint(path, (file,), known[key])
+        known[key] = Index(NAME, tensors, ("",), metadata)
+    return Checkpoint(path, (file,), known[key], (digest,))
 
 
 def known_as(digest: str, file_size: int) -> tuple[str, ...]:
@@ -279,6 +277,68 @@ def _check_tiling(path: str, tensors: Sequence[Tensor], start: int, file_size: i
 def writing_order(dtype: str, name: str) -> tuple[int, str]:
     """Sort key of the reference writer: dtype from U64 down to BOOL, then the name."""
     return _ORDER[dtype], name
+
+
+def can_name(name: str) -> bool:
+    """Whether a tensor of a safetensors file can have this name."""
+    return name != "__metadata__" and encodable(name)
+
+
+def representable(dtype: DType) -> bool:
+    """Whether a safetensors file can hold this dtype."""
+    return dtype.name in _CODE_OF
+
+
+def template(last: Checkpoint) -> Draft:
+    """Return the file of `last` with its header, byte for byte."""
+    return Draft([template_file("", last.files[0])], last.index.by_name)
+
+
+def template_file(name: str, file: Stamp) -> File:
+    """Return one output file with the header of `file`."""
+    fd = open_input(file.path)
+    try:
+        raw = read_raw_header(fd, file)
+    finally:
+        os.close(fd)
+    head = len(raw).to_bytes(8, "little") + bytes(raw)
+    return File(name, file.size, ((0, head),))
+
+
+def fresh(entries: Sequence[Entry], last: Checkpoint, limit: int | None) -> Draft:
+    """Return one new file with `entries`; `limit` is for formats with shards."""
+    del limit
+    file, places = fresh_file("", 0, entries, last.index.metadata)
+    return Draft([file], places)
+
+
+def fresh_file(
+    name: str, ordinal: int, entries: Sequence[Entry], metadata: Mapping[str, str]
+) -> tuple[File, dict[str, Tensor]]:
+    """Return one new file, the `ordinal`-th of its output, and where in it each tensor lies."""
+    ordered = sorted(entries, key=lambda entry: writing_order(entry.dtype.name, entry.name))
+    head, extents = encode_header([entry[:3] for entry in ordered], metadata)
+    places = {
+        entry.name: Tensor(*entry[:3], extent._replace(file=ordinal))
+        for entry, extent in zip(ordered, extents, strict=True)
+    }
+    end = len(head) + sum(extent.nbytes for extent in extents)
+    return File(name, end, ((0, head),)), places
+
+
+def reference_check(paths: Iterable[str]) -> None:
+    """Open each file with the safetensors library: whoever loads it will do the same."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in paths:
+        if not path.endswith(".json"):
+            try:
+                with safe_open(path, framework="np") as reader:
+                    reader.keys()
+            except SafetensorError as error:
+                raise EmaError(
+                    f"internal error: the safetensors library refuses what was written: {error}"
+                ) from error
 
 
 def encode_header(

@@ -9,13 +9,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ema_cli.blueprint import Draft, Entry, File
 from ema_cli.errors import DamagedFile, InputError, UnsupportedInput
 from ema_cli.files import read_small
 from ema_cli.formats import safetensors
-from ema_cli.formats.safetensors import Known
+from ema_cli.formats.known import Known
 from ema_cli.formats.scanning import Repeated, unique
 from ema_cli.tensors import Checkpoint, Extent, Index, Stamp, Tensor
 from ema_cli.text import shorten
@@ -23,6 +25,7 @@ from ema_cli.text import shorten
 NAME = "safetensors-folder"
 INDEX_SUFFIX = ".safetensors.index.json"
 DEFAULT_STEM = "model"
+DEFAULT_SHARD_SIZE = 5 * 10**9
 
 INDEX_LIMIT = 64 << 20
 # What a folder needs to load besides its weights, copied when it is this small.
@@ -151,21 +154,22 @@ def _assemble(path: str, folder: str, shards: Sequence[str], known: Known) -> Ch
     """Return one checkpoint made of the `shards`, whose order gives `Extent.file`."""
     files: list[Stamp] = []
     parts: list[Index] = []
+    digests: tuple[str, ...] = ()
     for name in shards:
         part = safetensors.read(os.path.join(folder, name), known)
         files.extend(part.files)
         parts.append(part.index)
-    digests = tuple(part.header_digests[0] for part in parts)
+        digests += part.digests
     key = (NAME, *shards, *digests, *(str(file.size) for file in files))
     if key not in known:
-        known[key] = Index(NAME, _joined(path, parts), tuple(shards), digests, parts[0].metadata)
-    return Checkpoint(path, tuple(files), known[key])
+        known[key] = Index(NAME, _joined(path, parts), tuple(shards), parts[0].metadata)
+    return Checkpoint(path, tuple(files), known[key], digests)
 
 
 def _joined(path: str, parts: Sequence[Index]) -> tuple[Tensor, ...]:
     tensors: dict[str, Tensor] = {}
     for ordinal, part in enumerate(parts):
-        for name, dtype, shape, (_, offset, nbytes) in part.tensors:
+        for name, dtype, shape, (_, offset, nbytes), _ in part.tensors:
             if name in tensors:
                 raise DamagedFile(path, "this tensor is in two shards", name)
             tensors[name] = Tensor(name, dtype, shape, Extent(ordinal, offset, nbytes))
@@ -224,6 +228,73 @@ def refuse_quantized(folder: str) -> None:
             "average of quantised numbers is none",
             "dequantise the checkpoints first, then average the result",
         )
+
+
+# ---------------------------------------------------------------------------- writing
+
+
+def template(last: Checkpoint) -> Draft:
+    """Return the files of `last` with their headers, and its index file, byte for byte."""
+    pairs = zip(last.index.names, last.files, strict=True)
+    files = [safetensors.template_file(name, stamp) for name, stamp in pairs]
+    if last.index_file:
+        name = os.path.basename(last.index_file)
+        files.append(File(name, os.path.getsize(last.index_file), copy_of=last.index_file))
+    return Draft(files + copied_side_files(last), last.index.by_name)
+
+
+def fresh(entries: Sequence[Entry], last: Checkpoint, limit: int | None) -> Draft:
+    """Return new shards of at most `limit` bytes with `entries`, and their index."""
+    shards = _shards(entries, limit or DEFAULT_SHARD_SIZE)
+    names = _shard_names(_stem(last), len(shards))
+    files: list[File] = []
+    places: dict[str, Tensor] = {}
+    for ordinal, (name, shard) in enumerate(zip(names, shards, strict=True)):
+        file, placed = safetensors.fresh_file(name, ordinal, shard, last.index.metadata)
+        files.append(file)
+        places.update(placed)
+    if len(files) > 1:
+        weight_map = {name: names[tensor.extent.file] for name, tensor in places.items()}
+        total = sum(tensor.extent.nbytes for tensor in places.values())
+        text = encode_index(weight_map, total)
+        files.append(File(_stem(last) + INDEX_SUFFIX, len(text), ((0, text),)))
+    return Draft(files + copied_side_files(last), places)
+
+
+def _stem(last: Checkpoint) -> str:
+    """Return ``model`` of ``model-00001-of-00002.safetensors``: loaders look for that name."""
+    if last.index.format != NAME:
+        return DEFAULT_STEM
+    stem = last.index.names[0].removesuffix(safetensors.SUFFIX)
+    return re.sub(r"-\d+-of-\d+$", "", stem)
+
+
+def _shards(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
+    """Fill shards of at most `limit` bytes in the order of the input; one tensor may be more."""
+    shards: list[list[Entry]] = [[]]
+    filled = 0
+    for entry in entries:
+        if shards[-1] and filled + entry.nbytes > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled += entry.nbytes
+    return shards
+
+
+def _shard_names(stem: str, count: int) -> list[str]:
+    if count == 1:
+        return [stem + safetensors.SUFFIX]
+    return [f"{stem}-{k:05}-of-{count:05}{safetensors.SUFFIX}" for k in range(1, count + 1)]
+
+
+def copied_side_files(last: Checkpoint) -> list[File]:
+    """Return the config and tokenizer files that make a Hugging Face folder load."""
+    if last.index.format != NAME:
+        return []
+    folder = last.path if os.path.isdir(last.path) else os.path.dirname(last.path)
+    paths = [(name, os.path.join(folder, name)) for name in side_files(folder)]
+    return [File(name, os.path.getsize(path), copy_of=path) for name, path in paths]
 
 
 def encode_index(places: Mapping[str, str], total_size: int) -> bytes:

@@ -19,7 +19,7 @@ from safetensors import numpy as library
 
 from ema_cli.errors import InputError
 from ema_cli.formats import read
-from ema_cli.formats.safetensors import encode_header, writing_order
+from ema_cli.formats.safetensors import encode_header, representable, writing_order
 from ema_cli.tensors import DTYPES, DType
 
 # Every dtype of the format: its code and its name here.
@@ -54,7 +54,7 @@ def by_us(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
     """Return the same as we read it."""
     content = path.read_bytes()
     found = {}
-    for name, dtype, shape, (file, offset, size) in read(str(path), {}).index.tensors:
+    for name, dtype, shape, (file, offset, size), _ in read(str(path), {}).index.tensors:
         assert file == 0
         found[name] = (ALL_CODES[dtype.name], list(shape), content[offset : offset + size])
     return found
@@ -89,7 +89,7 @@ def written_by_us(rows: list[Row], metadata: Mapping[str, str] | None) -> bytes:
 
 def test_we_know_every_dtype_of_the_format() -> None:
     """There is no code that the library of this version reads and we refuse, or the reverse."""
-    assert set(ALL_CODES) == set(DTYPES)
+    assert set(ALL_CODES) == {d.name for d in DTYPES.values() if representable(d)}
     assert len(ALL_CODES) == 22
 
 

@@ -1,0 +1,91 @@
+"""What an output will hold and where, decided before it exists. Plain frozen data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ema_cli.tensors import Checkpoint, DType, Slice, Tensor
+
+# What a tensor of the output is made of.
+AVERAGE = "average"
+COPY = "copy"
+BIASED = "biased"
+LOCAL_STEP = "local_step"
+
+
+class Entry(NamedTuple):
+    """One tensor of an output: `part` of the input tensor `source`, sliced as that is."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    part: str
+    source: str
+    slices: tuple[Slice, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a tensor of fixed width."""
+        return math.prod(self.shape) * self.dtype.bits // 8
+
+
+class File(NamedTuple):
+    """One file of an output.
+
+    Attributes:
+        name: inside the output folder, or what follows the prefix; empty for a single file.
+        nbytes: its final size.
+        literals: (offset, bytes) known in advance: headers, indexes, scalars.
+        copy_of: the file it is a copy of, or empty.
+    """
+
+    name: str
+    nbytes: int
+    literals: tuple[tuple[int, bytes], ...] = ()
+    copy_of: str = ""
+
+
+class Draft(NamedTuple):
+    """What a format makes of the entries: its files, and where in them each tensor lies."""
+
+    files: Sequence[File]
+    places: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """An output before it exists.
+
+    Attributes:
+        path: where it will be published.
+        format: a key of `ema_cli.formats.FORMATS`.
+        kind: ``file``, ``folder`` or ``prefix``: what its path is the name of.
+        names: ``shadow`` or ``variable``.
+        entries: its tensors.
+        files: its files, in the order of `Extent.file`.
+        places: where each entry's bytes go, by name.
+        left_out: input tensors that are not in the output, with the reason.
+        last: the checkpoint whose copies it takes.
+        template: whether it has the structure of `last`, byte for byte.
+        big_endian: the byte order of its numbers.
+    """
+
+    path: str
+    format: str
+    kind: str
+    names: str
+    entries: tuple[Entry, ...]
+    files: tuple[File, ...]
+    places: Mapping[str, Tensor]
+    left_out: tuple[tuple[str, str], ...]
+    last: Checkpoint
+    template: bool = False
+    big_endian: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.nbytes for file in self.files)

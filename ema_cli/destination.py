@@ -1,0 +1,230 @@
+"""Where an output goes: whether it may go there, and how it gets its name in the end.
+
+A single file is published by one rename; a folder is renamed whole; of several files under one
+prefix the index, without which the others mean nothing, comes last. With ``--overwrite`` what
+stood there waits beside it until the new output stands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterable, Sequence
+
+from ema_cli import durable
+from ema_cli.blueprint import Layout
+from ema_cli.errors import OutputExists, StorageError, storage_errors
+from ema_cli.formats import FORMATS, sharded, tensorflow
+from ema_cli.tensors import Stamp
+from ema_cli.text import shorten
+
+# ---------------------------------------------------------------------------- before the work
+
+
+def check_destination(layout: Layout, inputs: Iterable[Stamp], *, overwrite: bool) -> None:
+    """Raise `OutputExists` unless the output may be written.
+
+    An output that is one of the inputs, or holds one, is refused whatever `overwrite` says; an
+    existing one is refused without it. A folder is only replaced when it looks like a checkpoint.
+    """
+    path = layout.path.rstrip("/")
+    shown = shorten(path, 1000)
+    paths = standing(layout)
+    _refuse_inputs(paths or [path], shown, inputs)
+    if layout.kind != "folder" and os.path.isdir(path) and not paths[1:]:
+        row = FORMATS[layout.format]
+        inside = os.path.join(shown, f"average{row.suffix}" if layout.kind == "file" else "")
+        raise OutputExists(
+            f"{shown}: expected the name of a new {row.title}, found a directory", f"-o {inside}"
+        )
+    if not paths:
+        return
+    if not overwrite:
+        raise exists(shown)
+    check_replaceable(layout)
+
+
+def standing(layout: Layout) -> list[str]:
+    """Return the paths that the output would replace; the index of a prefix comes first."""
+    path = layout.path.rstrip("/")
+    if layout.kind == "prefix":
+        return tensorflow.files_of(path)
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise StorageError(f"{shorten(path, 1000)}: {os.strerror(error.errno or 0)}") from error
+    return [path]
+
+
+def exists(shown: str) -> OutputExists:
+    """Return the error for an output that is there already."""
+    return OutputExists(f"{shown}: exists already", "replace it with --overwrite")
+
+
+def _refuse_inputs(paths: Sequence[str], shown: str, inputs: Iterable[Stamp]) -> None:
+    reals = [os.path.realpath(path) for path in paths]
+    for stamp in inputs:
+        source = os.path.realpath(stamp.path)
+        for path, real in zip(paths, reals, strict=True):
+            inside = source == real or source.startswith(real + os.sep)
+            if inside or (os.path.exists(path) and _same_file(path, stamp)):
+                raise OutputExists(
+                    f"{shown}: is an input, or holds one: {shorten(stamp.path, 1000)}",
+                    "write to another name with -o",
+                )
+
+
+def _same_file(path: str, stamp: Stamp) -> bool:
+    with contextlib.suppress(OSError):
+        return os.path.samefile(path, stamp.path)
+    return False
+
+
+def check_replaceable(layout: Layout) -> None:
+    """Raise `OutputExists` when what stands there is not what an output may replace."""
+    if layout.kind == "folder":
+        _check_folder(layout.path.rstrip("/"))
+        return
+    for path in standing(layout):
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise OutputExists(f"{shorten(path, 1000)}: only a regular file can be replaced")
+
+
+def _check_folder(path: str) -> None:
+    """A folder is deleted when it is replaced: never one that may hold something else."""
+    shown = shorten(path, 1000)
+    if not stat.S_ISDIR(os.lstat(path).st_mode):
+        raise OutputExists(f"{shown}: expected a folder to replace, found a file")
+    with os.scandir(path) as listing:
+        entries = list(listing)
+    indexes, weights = sharded.contents(path)
+    own = {*indexes, *weights, *sharded.side_files(path)}
+    foreign = next(
+        (e.name for e in entries if e.name not in own or not e.is_file(follow_symlinks=False)), None
+    )
+    if entries and (foreign is not None or not sharded.is_checkpoint(path)):
+        what = f"it holds '{shorten(foreign)}'" if foreign else "it holds no checkpoint"
+        raise OutputExists(
+            f"{shown}: only a folder with nothing but a checkpoint is replaced, and {what}",
+            "write to another name with -o, or remove the folder yourself",
+        )
+
+
+# ---------------------------------------------------------------------------- repair
+
+
+def aside_of(destination: str) -> str:
+    """Return where what stood at `destination` waits while it is replaced."""
+    return durable.beside(destination, durable.ASIDE_SUFFIX)
+
+
+def repair(layout: Layout) -> None:
+    """Put back what a killed replacement of this output had moved aside."""
+    destination = layout.path.rstrip("/")
+    if not os.path.lexists(aside_of(destination)):
+        return
+    root = durable.beside(destination, durable.TEMPORARY_SUFFIX)
+    lock = durable.create_locked_directory(root)
+    try:
+        with storage_errors(destination, "cannot repair"):
+            restore(layout)
+    finally:
+        durable.remove(root)
+        os.close(lock)
+
+
+def restore(layout: Layout) -> None:
+    """Finish what a killed replacement left, under the lock of its temporary directory."""
+    destination = layout.path.rstrip("/")
+    aside = aside_of(destination)
+    if not os.path.lexists(aside):
+        return
+    if layout.kind == "prefix":
+        _put_back(aside, destination)
+    elif os.path.lexists(destination):
+        durable.remove(aside)
+    else:
+        os.rename(aside, destination)
+
+
+def _put_back(aside: str, prefix: str) -> None:
+    """Move the files of a replaced prefix back unless the new index stands; the index last."""
+    if not os.path.lexists(prefix + tensorflow.SUFFIX):
+        old = sorted(os.listdir(aside), key=lambda name: name.endswith(tensorflow.SUFFIX))
+        folder = os.path.dirname(prefix)
+        if any(name.endswith(tensorflow.SUFFIX) for name in old):
+            for path in tensorflow.files_of(prefix):
+                if os.path.basename(path) not in old:
+                    os.unlink(path)
+        for name in old:
+            os.replace(os.path.join(aside, name), os.path.join(folder, name))
+        durable.sync_directory(folder)
+    durable.remove(aside)
+
+
+# ---------------------------------------------------------------------------- publication
+
+
+def rename(layout: Layout, root: str, *, overwrite: bool) -> None:
+    """Give the finished output its name: the point after which it exists.
+
+    Args:
+        layout: of the output.
+        root: its temporary file or directory.
+        overwrite: replace what stands there; else that is an error at any moment.
+    """
+    destination = layout.path.rstrip("/")
+    if layout.kind == "prefix":
+        _rename_prefix(layout, root, destination, overwrite)
+    elif not overwrite:
+        try:
+            durable.rename_new(root, destination)
+        except FileExistsError:  # it appeared while we worked
+            raise exists(shorten(destination, 1000)) from None
+    elif layout.kind == "file" or not os.path.lexists(destination):
+        os.replace(root, destination)
+    else:
+        check_replaceable(layout)  # again: something may have been put there
+        aside = aside_of(destination)
+        os.rename(destination, aside)
+        try:
+            os.rename(root, destination)
+        except BaseException:
+            os.rename(aside, destination)
+            raise
+
+
+def _rename_prefix(layout: Layout, root: str, prefix: str, overwrite: bool) -> None:
+    old = standing(layout)
+    if old and not overwrite:
+        raise exists(shorten(prefix, 1000))
+    aside = aside_of(prefix)
+    if old:
+        check_replaceable(layout)
+        os.mkdir(aside)
+    moved: list[str] = []
+    try:
+        for path in old:  # the index first: without it the others are no checkpoint
+            os.rename(path, os.path.join(aside, os.path.basename(path)))
+        for file in layout.files:  # the index last
+            if file.name == tensorflow.SUFFIX:
+                durable.sync_directory(os.path.dirname(prefix))
+            _rename_new(root, prefix, file.name)
+            moved.append(prefix + file.name)
+    except BaseException:
+        for path in moved:
+            os.unlink(path)
+        if old:
+            _put_back(aside, prefix)
+        raise
+    os.rmdir(root)
+
+
+def _rename_new(root: str, prefix: str, name: str) -> None:
+    try:
+        durable.rename_new(os.path.join(root, os.path.basename(prefix) + name), prefix + name)
+    except FileExistsError:
+        raise exists(shorten(prefix, 1000)) from None

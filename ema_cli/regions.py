@@ -1,0 +1,183 @@
+"""Elements that lie in rows: how a box of a tensor is found inside the bytes that store it.
+
+Partitioned variables are stored as boxes, each in C order. Where two checkpoints, or a checkpoint
+and an output, cut a tensor differently, their common boxes lie in each of them as rows of elements
+with gaps between.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from ema_cli.tensors import Extent, Tensor
+
+
+class Grid(NamedTuple):
+    """Rows of `run` elements; `steps` are (count, stride in bytes) from the outermost inwards."""
+
+    run: int
+    steps: tuple[tuple[int, int], ...]
+
+
+class Box(NamedTuple):
+    """A part of a tensor: first index and number of indices along each dimension."""
+
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """How many elements it holds."""
+        return math.prod(self.lengths)
+
+
+class Region(NamedTuple):
+    """Where the elements of a box lie, in C order of the box.
+
+    Attributes:
+        extent: the stored piece that holds the box.
+        offset: of its first element, in bytes.
+        grid: its rows, or None when the elements follow each other.
+    """
+
+    extent: Extent
+    offset: int
+    grid: Grid | None
+
+
+def stored_boxes(tensor: Tensor) -> list[tuple[Box, Extent]]:
+    """Return the boxes a tensor is stored as, with where each lies."""
+    if not tensor.slices:
+        return [(Box((0,) * len(tensor.shape), tensor.shape), tensor.extent)]
+    return [(Box(piece.starts, piece.lengths), piece.extent) for piece in tensor.slices]
+
+
+def common_boxes(tensors: Sequence[Tensor]) -> list[Box]:
+    """Return the boxes of which every stored piece of each of the tensors is made."""
+    boxes = [box for box, _ in stored_boxes(tensors[0])]
+    seen = {_cut(tensors[0])}
+    for tensor in tensors[1:]:
+        if _cut(tensor) not in seen:
+            seen.add(_cut(tensor))
+            cut = [box for box, _ in stored_boxes(tensor)]
+            pairs = (_intersection(a, b) for a in boxes for b in cut)
+            boxes = [box for box in pairs if box is not None]
+    return [box for box in boxes if box.elements]
+
+
+def _cut(tensor: Tensor) -> tuple[Box, ...]:
+    return tuple(box for box, _ in stored_boxes(tensor))
+
+
+def _intersection(a: Box, b: Box) -> Box | None:
+    starts = tuple(map(max, a.starts, b.starts))
+    ends = (
+        min(s + n, t + m)
+        for s, n, t, m in zip(a.starts, a.lengths, b.starts, b.lengths, strict=True)
+    )
+    lengths = tuple(end - start for start, end in zip(starts, ends, strict=True))
+    return None if any(n <= 0 for n in lengths) else Box(starts, lengths)
+
+
+def region(tensor: Tensor, box: Box, width: int) -> Region:
+    """Return where `box` lies in the stored bytes of `tensor`, whose elements have `width` bytes.
+
+    `box` lies inside one stored piece, as those of `common_boxes` do.
+    """
+    for stored, extent in stored_boxes(tensor):
+        if _inside(box, stored):
+            strides = _strides(stored.lengths, width)
+            skipped = zip(box.starts, stored.starts, strides, strict=True)
+            offset = extent.offset + sum((b - s) * stride for b, s, stride in skipped)
+            return Region(extent, offset, _grid(box.lengths, stored.lengths, strides))
+    raise ValueError(f"{box} is no part of a piece of {tensor.name}")
+
+
+def _inside(box: Box, stored: Box) -> bool:
+    return all(
+        t <= s and s + n <= t + m
+        for s, n, t, m in zip(box.starts, box.lengths, stored.starts, stored.lengths, strict=True)
+    )
+
+
+def _strides(lengths: Sequence[int], width: int) -> list[int]:
+    strides = [width] * len(lengths)
+    for k in range(len(lengths) - 2, -1, -1):
+        strides[k] = strides[k + 1] * lengths[k + 1]
+    return strides
+
+
+def _grid(box: Sequence[int], stored: Sequence[int], strides: Sequence[int]) -> Grid | None:
+    """Return the rows of a box inside a stored one; the innermost full dimensions are one row."""
+    run, k = 1, len(box)
+    while k:
+        k -= 1
+        run *= box[k]
+        if box[k] != stored[k]:
+            break
+    steps = tuple((n, stride) for n, stride in zip(box[:k], strides[:k], strict=True) if n > 1)
+    return Grid(run, steps) if steps else None
+
+
+def stretches(
+    offset: int, grid: Grid | None, width: int, start: int, count: int
+) -> Iterator[tuple[int, int]]:
+    """Yield (byte offset, elements) of the stretches that hold `count` elements from `start` on.
+
+    `offset` is that of element 0; elements have `width` bytes.
+    """
+    if grid is None:
+        yield offset + start * width, count
+        return
+    row, column = divmod(start, grid.run)
+    while count:
+        n = min(grid.run - column, count)
+        position, rest = offset + column * width, row
+        for length, stride in reversed(grid.steps):
+            rest, digit = divmod(rest, length)
+            position += digit * stride
+        yield position, n
+        count, row, column = count - n, row + 1, 0
+
+
+def pieces(tensor: Tensor, width: int, start: int, count: int) -> Iterator[tuple[Extent, int, int]]:
+    """Yield (extent, byte offset, elements) of the stretches that hold elements of a tensor.
+
+    `count` elements from `start` on, in C order of the whole tensor.
+    """
+    boxes = [
+        (box, extent, _strides(box.lengths, width), _row(box.lengths, tensor.shape))
+        for box, extent in stored_boxes(tensor)
+    ]
+    while count:
+        place = _unravelled(start, tensor.shape)
+        for box, extent, strides, run in boxes:
+            inside = [p - s for p, s in zip(place, box.starts, strict=True)]
+            if all(0 <= i < n for i, n in zip(inside, box.lengths, strict=True)):
+                skipped = sum(i * stride for i, stride in zip(inside, strides, strict=True))
+                n = min(run - skipped // width % run, count)
+                yield extent, extent.offset + skipped, n
+                start, count = start + n, count - n
+                break
+        else:
+            raise ValueError(f"element {start} of {tensor.name} is stored nowhere")
+
+
+def _row(box: Sequence[int], shape: Sequence[int]) -> int:
+    """Return how many elements of a box follow each other in the whole tensor too."""
+    run = 1
+    for n, full in zip(reversed(box), reversed(shape), strict=True):
+        run *= n
+        if n != full:
+            break
+    return run
+
+
+def _unravelled(position: int, shape: Sequence[int]) -> list[int]:
+    place = []
+    for n in reversed(shape):
+        position, digit = divmod(position, n)
+        place.append(digit)
+    return place[::-1]

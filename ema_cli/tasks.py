@@ -1,0 +1,111 @@
+"""What a worker is given and what it gives back: plain data that can go to another process."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ema_cli.ranges import Target
+from ema_cli.regions import Grid
+from ema_cli.tensors import Stamp
+
+
+class Accumulator(NamedTuple):
+    """One average of a piece: coefficients as long as the sources, and where the result goes."""
+
+    coefficients: tuple[float, ...]
+    divisor: float | None
+    targets: tuple[Target, ...]
+
+
+class Source(NamedTuple):
+    """Where a piece lies in one checkpoint.
+
+    Attributes:
+        file: ordinal of an input file.
+        offset: in bytes, of the piece, or of its range where that lies in rows.
+        dtype: of its elements, or ``copy`` for bytes.
+        swap: bytes that change places together to be in little-endian order; 0 for none.
+        grid: the rows of its range, or None.
+        unit: first and last offset of the bytes that are verified together, or None.
+    """
+
+    file: int
+    offset: int
+    dtype: str
+    swap: int = 0
+    grid: Grid | None = None
+    unit: tuple[int, int] | None = None
+
+
+class Piece(NamedTuple):
+    """A stretch of elements, or of bytes to copy when `shadow` is ``copy``.
+
+    Attributes:
+        shadow: dtype of the accumulators.
+        elements: how many.
+        start: the first one's place in its range; counts where that lies in rows.
+        sources: one per checkpoint that counts.
+        accumulators: one per average.
+        group: what its checksums are kept apart by.
+    """
+
+    shadow: str
+    elements: int
+    start: int
+    sources: tuple[Source, ...]
+    accumulators: tuple[Accumulator, ...]
+    group: int
+
+
+class Task(NamedTuple):
+    """Some pieces with all that is needed to work on them anywhere.
+
+    Attributes:
+        inputs: the input files, by `Source.file`.
+        outputs: paths of the output files, by `Target.file`.
+        pieces: what to do.
+        handles: how many input files, and how many output files, may stay open.
+        check: report the first non-finite value instead of writing it.
+        block: elements that are worked on at a time.
+    """
+
+    inputs: tuple[Stamp, ...]
+    outputs: tuple[str, ...]
+    pieces: tuple[Piece, ...]
+    handles: int
+    check: bool
+    block: int
+
+
+class Flaw(NamedTuple):
+    """A non-finite value: which piece of its task, which accumulator, which element."""
+
+    piece: Piece
+    accumulator: int
+    element: int
+    dtype: str
+
+
+class Unit(NamedTuple):
+    """Bytes of an input file that are verified together, read once for a `group` of ranges."""
+
+    group: int
+    file: int
+    start: int
+    end: int
+
+
+class Part(NamedTuple):
+    """What some bytes of a unit contribute to its CRC-32C, and how many they are."""
+
+    crc: int
+    nbytes: int
+
+
+class Done(NamedTuple):
+    """What a task did: bytes read and written, the units it read of, the first flaw it met."""
+
+    read: int
+    written: int
+    parts: dict[Unit, Part]
+    flaw: Flaw | None = None

@@ -1,0 +1,153 @@
+"""Holds what was read against the checksums the checkpoints keep.
+
+Adjacent tensors are read as one and verified as one: the checksum their bytes must have together
+follows from those of each.
+"""
+
+from __future__ import annotations
+
+import bisect
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ema_cli.checksums import Running, shift_all
+from ema_cli.errors import DamagedFile, InputChanged
+from ema_cli.files import open_input, read_exact
+from ema_cli.formats import FORMATS
+from ema_cli.plan import Plan
+from ema_cli.tasks import Part, Unit
+from ema_cli.tensors import Checkpoint, Extent, Tensor
+from ema_cli.text import shorten
+
+_BLOCK = 1 << 20
+
+
+class Verifier:
+    """Verifies each unit of a plan as soon as all its bytes were read."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._partial: dict[Unit, Part] = {}
+        self._tables: dict[int, _Table] = {}
+        used = [k for k, first in enumerate(plan.first_input) if first >= 0]
+        self._firsts = [(plan.first_input[k], k) for k in used]
+
+    def add(self, unit: Unit, part: Part) -> None:
+        """Count some bytes of a unit. Raises `DamagedFile` when they are complete and wrong."""
+        before = self._partial.pop(unit, Part(0, 0))
+        crc, n_bytes = before.crc ^ part.crc, before.nbytes + part.nbytes
+        if n_bytes < unit.end - unit.start:
+            self._partial[unit] = Part(crc, n_bytes)
+            return
+        _, k = self._firsts[bisect.bisect_right(self._firsts, (unit.file, len(self._firsts))) - 1]
+        checkpoint = self._plan.run.checkpoints[k]
+        file = unit.file - self._plan.first_input[k]
+        if k not in self._tables:
+            self._tables[k] = _Table(checkpoint)
+        if self._tables[k].expected(file, unit.start, unit.end) != crc:
+            raise _damage(checkpoint, file, unit)
+
+
+class _Table:
+    """The extents of a checkpoint in the order of their bytes, each with its checksum."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        assert checkpoint.checksums is not None  # noqa: S101  # or nothing would be verified
+        index = checkpoint.index
+        pairs = zip(index.extents, checkpoint.checksums.tolist(), strict=True)
+        self._checkpoint = checkpoint
+        crc_of = {extent: crc for extent, crc in pairs if extent.nbytes}
+        self._opaque = {t.extent: t for t in index.tensors if not t.dtype.bits}
+        extents = sorted(crc_of)
+        self._places = [extent[:2] for extent in extents]
+        self._extents = extents
+        self._crcs: np.ndarray[Any, np.dtype[np.uint32]] = np.array(
+            [crc_of[extent] for extent in extents], np.uint32
+        )
+        self._ends = np.array([offset + n for _, offset, n in extents], np.int64)
+
+    def expected(self, file: int, start: int, end: int) -> int:
+        """Return the CRC-32C of bytes that hold whole extents, one after the other."""
+        first = bisect.bisect_left(self._places, (file, start))
+        last = bisect.bisect_left(self._places, (file, end))
+        for k in range(first, last) if self._opaque else ():
+            if (tensor := self._opaque.pop(self._extents[k], None)) is not None:
+                self._crcs[k] = _raw_checksum(self._checkpoint, tensor, int(self._crcs[k]))
+        after = end - self._ends[first:last]
+        return int(np.bitwise_xor.reduce(shift_all(self._crcs[first:last], after), initial=0))
+
+
+def _raw_checksum(checkpoint: Checkpoint, tensor: Tensor, recorded: int) -> int:
+    """Return the CRC-32C of the bytes of a tensor whose recorded checksum is not that."""
+    read = FORMATS[checkpoint.index.format].opaque_checksums
+    assert read is not None  # noqa: S101  # of formats that have such tensors
+    raw, found = read(checkpoint, tensor)
+    if found != recorded:
+        path = checkpoint.files[tensor.extent.file].path
+        raise _mismatch(path, tensor.name, recorded, found)
+    return raw
+
+
+def _mismatch(path: str, name: str, expected: int, found: int) -> DamagedFile:
+    return DamagedFile(
+        path, f"expected bytes with checksum {expected:08x}, found {found:08x}", name
+    )
+
+
+def _damage(checkpoint: Checkpoint, file: int, unit: Unit) -> DamagedFile | InputChanged:
+    """Return the error that names the tensor of a unit whose bytes are not those saved."""
+    for tensor in checkpoint.index.tensors:
+        inside = [
+            extent
+            for extent in tensor.extents
+            if extent.file == file and unit.start <= extent.offset < unit.end
+        ]
+        error = check(checkpoint, tensor) if inside and tensor.dtype.bits else None
+        if error is not None:
+            return error
+    path = shorten(checkpoint.files[file].path, 1000)
+    return InputChanged(
+        f"{path}: changed while it was read: its checksums did not match, but do now",
+        "run again when nothing writes to it any more; nothing was published",
+    )
+
+
+def check(checkpoint: Checkpoint, tensor: Tensor) -> DamagedFile | None:
+    """Return the error for a tensor of fixed width that is damaged, or None: reads all of it."""
+    if checkpoint.checksums is None:
+        return None
+    found = {
+        extent: _read_checksum(checkpoint.files[extent.file].path, extent)
+        for extent in tensor.extents
+    }
+    return check_sums(checkpoint, tensor, found)
+
+
+def check_sums(
+    checkpoint: Checkpoint, tensor: Tensor, found: Mapping[Extent, int]
+) -> DamagedFile | None:
+    """Return the error for a tensor whose extents have other checksums than recorded, or None."""
+    assert checkpoint.checksums is not None  # noqa: S101  # or there is nothing to compare with
+    for extent, crc in found.items():
+        recorded = int(checkpoint.checksums[checkpoint.index.ordinals[extent]])
+        if crc != recorded:
+            return _mismatch(checkpoint.files[extent.file].path, tensor.name, recorded, crc)
+    return None
+
+
+def _read_checksum(path: str, extent: Extent) -> int:
+    running = Running()
+    _, offset, n_bytes = extent
+    buffer = memoryview(bytearray(min(_BLOCK, n_bytes)))
+    fd = open_input(path)
+    try:
+        for start in range(0, n_bytes, _BLOCK):
+            view = buffer[: min(_BLOCK, n_bytes - start)]
+            read_exact(fd, view, offset + start, path)
+            running.add(offset + start, view)
+    finally:
+        os.close(fd)
+    return running.crc

@@ -1,0 +1,261 @@
+"""Works on the pieces of a task: each checkpoint's block in turn, the accumulators in cache."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from typing import Any
+
+import numpy as np
+
+from ema_cli import kernel
+from ema_cli.blueprint import BIASED, COPY
+from ema_cli.checksums import Running
+from ema_cli.durable import start_writing, write_exact
+from ema_cli.errors import storage_errors
+from ema_cli.files import Handles, open_unchanged, read_exact
+from ema_cli.ranges import Target
+from ema_cli.regions import stretches
+from ema_cli.tasks import Accumulator, Done, Flaw, Part, Piece, Source, Task, Unit
+from ema_cli.tensors import NumpyDType, numpy_dtype
+
+COPY_BLOCK = 1 << 20
+# What copy_file_range(2) answers where the kernel cannot copy between these two files.
+_CANNOT_COPY = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+def run_task(task: Task) -> Done:
+    """Work on all pieces of a task; running it again writes the same bytes again."""
+    read = written = 0
+    parts: dict[Unit, Part] = {}
+    with (
+        Handles(lambda k: open_unchanged(task.inputs[k]), task.handles) as inputs,
+        Handles(lambda k: _open_output(task.outputs[k]), task.handles) as outputs,
+    ):
+        work = _Work(task, inputs, outputs, parts)
+        for piece in task.pieces:
+            method = work.copy if piece.shadow == COPY else work.average
+            more_read, more_written, flaw = method(piece)
+            read, written = read + more_read, written + more_written
+            if flaw is not None:
+                return Done(read, written, parts, flaw)
+    return Done(read, written, parts)
+
+
+def _open_output(path: str) -> int:
+    with storage_errors(path, "cannot open"):
+        return os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+class _Work:
+    """The open files of a task, and the checksums of what is read from them."""
+
+    def __init__(
+        self, task: Task, inputs: Handles, outputs: Handles, parts: dict[Unit, Part]
+    ) -> None:
+        self.task = task
+        self.inputs = inputs
+        self.outputs = outputs
+        self.parts = parts
+
+    def copy(self, piece: Piece) -> tuple[int, int, None]:
+        """Copy one piece; returns the bytes read and written."""
+        source, targets = piece.sources[0], piece.accumulators[0].targets
+        if source.unit is None and len(targets) == 1 and self._clone(piece, source, targets[0]):
+            return piece.elements, piece.elements, None
+        buffer = np.empty(min(COPY_BLOCK, piece.elements), np.uint8)
+        running = Running()
+        written = 0
+        for start in range(0, piece.elements, COPY_BLOCK):
+            block = buffer[: min(COPY_BLOCK, piece.elements - start)]
+            self.fetch(source, piece, start, block, running)
+            for target in targets:
+                self.put(target, piece, start, block)
+                written += len(block)
+        self.count(piece, source, running)
+        return piece.elements, written, None
+
+    def _clone(self, piece: Piece, source: Source, target: Target) -> bool:
+        """Let the kernel copy, or share, the bytes of a piece; False when it cannot."""
+        done = 0
+        while done < piece.elements:
+            fds = self.inputs.fd(source.file), self.outputs.fd(target.file)
+            places = source.offset + done, target.offset + done
+            try:
+                got = os.copy_file_range(*fds, piece.elements - done, *places)
+            except OSError as error:
+                if error.errno in _CANNOT_COPY:
+                    return False
+                with storage_errors(self.task.outputs[target.file], "cannot copy"):
+                    raise
+            if got == 0:
+                return False  # truncated: reading says so
+            done += got
+        return True
+
+    def average(self, piece: Piece) -> tuple[int, int, Flaw | None]:
+        """Average one piece block by block; returns the bytes read and written."""
+        block = min(self.task.block, piece.elements)
+        buffers = _Buffers(piece, block)
+        read = written = 0
+        with kernel.quiet():
+            for start in range(0, piece.elements, block):
+                count = min(block, piece.elements - start)
+                read += self._mix(piece, buffers, start, count)
+                for ordinal, accumulator in enumerate(piece.accumulators):
+                    for target in accumulator.targets:
+                        out = buffers.finished(ordinal, accumulator, target, count)
+                        bad = kernel.first_non_finite(out) if self.task.check else None
+                        if bad is not None:
+                            return read, written, Flaw(piece, ordinal, start + bad, target.dtype)
+                        self.put(target, piece, start, out)
+                        written += out.nbytes
+        for source, _, _, running in buffers.steps:
+            self.count(piece, source, running)
+        return read, written, None
+
+    def _mix(self, piece: Piece, buffers: _Buffers, start: int, count: int) -> int:
+        """Pass the checkpoints through one block; returns the bytes read.
+
+        Between any two of these calls another thread may hold the interpreter: few calls on large
+        blocks are what makes several threads pay.
+        """
+        read = 0
+        shadows = [shadow[:count] for shadow in buffers.shadows]
+        value, scratch = buffers.value[:count], buffers.scratch[:count]
+        alone = len(shadows) == 1
+        for ordinal in buffers.from_zero:
+            shadows[ordinal].fill(0)
+        for source, buffer, mixed, running in buffers.steps:
+            # A single average that is copied is read, or widened, straight into its accumulator.
+            into = shadows[0] if alone and mixed[0][1] == 1 else value
+            raw = into if buffer.dtype == value.dtype else buffer[:count]
+            self.fetch(source, piece, start, raw, running)
+            read += raw.nbytes
+            if raw is not into:
+                kernel.widen(raw, into)
+            if into is not value:
+                continue
+            for ordinal, c in mixed:
+                kernel.update(shadows[ordinal], value, c, value if alone else scratch)
+        return read
+
+    def fetch(
+        self, source: Source, piece: Piece, start: int, block: kernel.Array, running: Running
+    ) -> None:
+        """Fill `block` with the elements of a source from `start` on, in little-endian order."""
+        fd, path = self.inputs.fd(source.file), self.task.inputs[source.file].path
+        view = block.view(np.uint8).data
+        if source.grid is None:
+            offset = source.offset + start * block.itemsize
+            read_exact(fd, view, offset, path)
+            if source.unit is not None:
+                running.add(offset, view)
+        else:
+            done, first = 0, piece.start + start
+            width = block.itemsize
+            for offset, n in stretches(source.offset, source.grid, width, first, len(block)):
+                part = view[done : done + n * width]
+                read_exact(fd, part, offset, path)
+                if source.unit is not None:
+                    running.add(offset, part)
+                done += n * width
+        if source.swap:
+            block.view(f"u{source.swap}").byteswap(inplace=True)
+
+    def put(self, target: Target, piece: Piece, start: int, block: kernel.Array) -> None:
+        """Write a block to where a target has the elements of a piece from `start` on."""
+        fd, path = self.outputs.fd(target.file), self.task.outputs[target.file]
+        if target.swap:
+            block = block.view(f"u{target.swap}").byteswap().view(block.dtype)
+        view = block.view(np.uint8).data
+        width = block.itemsize
+        if target.grid is None:
+            offset = target.offset + start * width
+            write_exact(fd, view, offset, path)
+            start_writing(fd, offset, block.nbytes)
+            return
+        done, first = 0, piece.start + start
+        for offset, n in stretches(target.offset, target.grid, width, first, len(block)):
+            write_exact(fd, view[done : done + n * width], offset, path)
+            done += n * width
+
+    def count(self, piece: Piece, source: Source, running: Running) -> None:
+        """Add what was read of a source to the checksum of its unit."""
+        if source.unit is not None:
+            unit = Unit(piece.group, source.file, *source.unit)
+            crc, n_bytes = self.parts.get(unit, (0, 0))
+            crc ^= running.contribution(unit.end)
+            self.parts[unit] = Part(crc, n_bytes + running.nbytes)
+
+
+_KEPT = threading.local()
+
+
+def _reused(purpose: str, dtype: NumpyDType, elements: int) -> kernel.Array:
+    """Return this thread's array for one purpose, kept from task to task.
+
+    Memory the kernel gives anew is cleared page by page, which costs as much as averaging in it.
+    """
+    n_bytes = elements * dtype.itemsize
+    kept: kernel.Array | None = getattr(_KEPT, purpose, None)
+    if kept is None or len(kept) < n_bytes:
+        kept = np.empty(n_bytes, np.uint8)
+        setattr(_KEPT, purpose, kept)
+    return kept[:n_bytes].view(dtype)
+
+
+class _Buffers:
+    """The arrays a worker reuses for all blocks of a piece, and what it does with each source.
+
+    Attributes:
+        shadows: the accumulators.
+        steps: for each source that counts, its dtype's read buffer, the (accumulator,
+            coefficient) pairs it is mixed in with, and the checksum of what was read.
+    """
+
+    def __init__(self, piece: Piece, block: int) -> None:
+        shadow = numpy_dtype(piece.shadow)
+        raw = {
+            dtype: _reused(f"raw {dtype}", numpy_dtype(dtype), block)
+            for dtype in {source.dtype for source in piece.sources}
+        }
+        self.value = _reused("value", shadow, block)
+        self.scratch = _reused("scratch", shadow, block)
+        self.shadows = [
+            _reused(f"shadow {k}", shadow, block) for k in range(len(piece.accumulators))
+        ]
+        self.steps: list[tuple[Source, kernel.Array, list[tuple[int, Any]], Running]] = []
+        for k, source in enumerate(piece.sources):
+            coefficients = [
+                (ordinal, kernel.cast_coefficient(accumulator.coefficients[k], piece.shadow))
+                for ordinal, accumulator in enumerate(piece.accumulators)
+            ]
+            mixed = [(ordinal, c) for ordinal, c in coefficients if c != 0]
+            if mixed:
+                self.steps.append((source, raw[source.dtype], mixed, Running()))
+        copied_first = {
+            ordinal
+            for ordinal, accumulator in enumerate(piece.accumulators)
+            if next((c for c in accumulator.coefficients if c), 0) == 1
+        }
+        self.from_zero = [k for k in range(len(self.shadows)) if k not in copied_first]
+        self._out: dict[str, Any] = {}
+
+    def finished(
+        self, ordinal: int, accumulator: Accumulator, target: Target, count: int
+    ) -> kernel.Array:
+        """Return the result for `target`: debiased unless it is the biased one, then narrowed."""
+        shadow = self.shadows[ordinal][:count]
+        if accumulator.divisor is not None and target.part != BIASED:
+            kernel.divide(shadow, accumulator.divisor, self.scratch[:count])
+            shadow = self.scratch[:count]
+        wanted = numpy_dtype(target.dtype)
+        if wanted == shadow.dtype:
+            return shadow
+        if target.dtype not in self._out:
+            self._out[target.dtype] = _reused(f"out {target.dtype}", wanted, len(self.scratch))
+        out: kernel.Array = self._out[target.dtype][:count]
+        kernel.narrow(shadow, out)
+        return out
