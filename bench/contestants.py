@@ -1,18 +1,22 @@
 """Who takes part: every contestant is one whole process with its inputs and its results."""
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.datasets import MIB, DataSet
+from bench.datasets import DATA, MIB, TENSORFLOW, DataSet, beside
 
 PYTHON = sys.executable
 EMA_AVG = (PYTHON, "-m", "ema_cli")
 START, LIMIT, OVERLAPPED, PROCESS = "start", "limit", "limit, overlapped", "process"
+OPEN = "open"
+# These measure themselves and print it, without the start of the interpreter.
+SELF_TIMED = (LIMIT, OVERLAPPED, OPEN)
 # The best block size depends on the caches of the machine: the limit is the best of these.
 BLOCKS = (MIB // 4, MIB, 4 * MIB)
 AVERAGES = ("a=ema:0.9", "b=ema:0.99", "c=mean", "d=lr:1-sqrt")
+# Like `cp --reflink=never` a rename reads and writes all bytes; like it, cp makes them durable.
+COPY_AND_SYNC = 'to=$1; shift; cp --reflink=never "$@" "$to" && sync "$to"/*'
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,16 @@ class Stage:
         self.folder = data / "out" / key
 
     def output(self, data_set: DataSet, name: str) -> Path:
-        """Return where a contestant writes its result."""
-        return self.folder / f"{name}-{data_set.key}" / "result.safetensors"
+        """Return the file with the tensor data of a contestant's result."""
+        folder = self.folder / f"{name}-{data_set.key}"
+        if data_set.format == TENSORFLOW:
+            return beside(folder / "result", DATA)
+        return folder / "result.safetensors"
+
+    def target(self, data_set: DataSet, name: str) -> Path:
+        """Return what the tool calls that result."""
+        output = self.output(data_set, name)
+        return output.with_name(output.name.removesuffix(DATA))
 
     def start(self) -> Contestant:
         """Return the start-up that every program on NumPy and click has to pay."""
@@ -90,84 +102,38 @@ class Stage:
 
     def ema_avg(self, data_set: DataSet, names: str = "variable", suffix: str = "") -> Contestant:
         """Return the tool itself; the shadow layout is what it writes when not asked otherwise."""
-        output = self.output(data_set, names)
         flags = ["--names", "variable"] if names == "variable" else []
-        run = str(data_set.folder(self.data))
-        options = ["-o", str(output), "--decay", "0.9", *flags, "--overwrite", "-q"]
-        name = f"ema-avg{'' if flags else ', shadow names'}{suffix}"
+        target, run = str(self.target(data_set, names)), str(data_set.folder(self.data))
+        options = ["-o", target, "--decay", "0.9", *flags, "--overwrite", "-q"]
+        name = f"ema-avg{suffix}{'' if flags else ', shadow names'}"
+        output = self.output(data_set, names)
         return Contestant(name, PROCESS, (*EMA_AVG, "run", run, *options), data_set, (output,))
+
+    def ema_avg_plan(self, data_set: DataSet, suffix: str = "") -> Contestant:
+        """Return the tool looking at a run, of which it reads no tensor."""
+        command = (*EMA_AVG, "plan", str(data_set.folder(self.data)), "--decay", "0.9")
+        return Contestant(f"ema-avg plan{suffix}", PROCESS, command)
+
+    def opening(self, data_set: DataSet, suffix: str = "") -> Contestant:
+        """Return one call that opens the last checkpoint and reads no tensor."""
+        path = str(data_set.checkpoint_paths(self.data)[-1])
+        return Contestant(f"open{suffix}", OPEN, (PYTHON, "-m", "bench.opening", path))
+
+    def rename(self, data_set: DataSet, names: str, suffix: str = "") -> Contestant:
+        """Return the tool renaming the first checkpoint."""
+        source, target = data_set.checkpoint_paths(self.data)[0], self.target(data_set, names)
+        command = (*EMA_AVG, "rename", str(source), "-o", str(target), "--names", names, "-q")
+        output = self.output(data_set, names)
+        return Contestant(f"rename to {names} names{suffix}", PROCESS, command, None, (output,))
+
+    def copy(self, data_set: DataSet, suffix: str = "") -> Contestant:
+        """Return cp of the first checkpoint, and fsync."""
+        files = data_set.files(self.data)
+        source = map(str, files[: len(files) // data_set.checkpoints])
+        output = self.folder / f"cp-{data_set.key}" / data_set.paths(self.data)[0].name
+        command = ("sh", "-c", COPY_AND_SYNC, "sh", str(output.parent), *source)
+        return Contestant(f"cp and fsync{suffix}", PROCESS, command, None, (output,))
 
     def same_results(self, *data_sets: DataSet) -> tuple[tuple[Path, Path], ...]:
         """Return the pairs that must hold the same tensors, bit for bit."""
         return tuple((self.output(d, "numpy"), self.output(d, "variable")) for d in data_sets)
-
-
-def float32(sets: dict[str, DataSet], data: Path) -> Group:
-    """One decay over float32, in both layouts of names."""
-    stage, d = Stage(data, "f32"), sets["f32"]
-    ours = (stage.ema_avg(d), stage.ema_avg(d, "shadow"))
-    everyone = (stage.start(), *stage.limits(d), stage.numpy_script(d), *ours)
-    return Group("f32", d.title, everyone, (d,), equal=stage.same_results(d))
-
-
-def bfloat16(sets: dict[str, DataSet], data: Path) -> Group:
-    """One decay over bfloat16 with float32 shadows."""
-    stage, d = Stage(data, "bf16"), sets["bf16"]
-    everyone = (stage.start(), *stage.limits(d), stage.numpy_script(d), stage.ema_avg(d))
-    return Group("bf16", d.title, everyone, (d,), equal=stage.same_results(d))
-
-
-def small(sets: dict[str, DataSet], data: Path) -> Group:
-    """Many small tensors beside the same bytes in few: what a tensor costs."""
-    stage, many, few = Stage(data, "small"), sets["small"], sets["large"]
-    everyone = [stage.start()]
-    for data_set, suffix in ((many, ", 20,000"), (few, ", 32")):
-        everyone += stage.limits(data_set, suffix=suffix)
-        everyone.append(stage.numpy_script(data_set, suffix))
-        everyone.append(stage.ema_avg(data_set, suffix=suffix))
-    title = f"{many.title}, and {few.title}"
-    return Group("small", title, tuple(everyone), (many, few), equal=stage.same_results(many, few))
-
-
-def four(sets: dict[str, DataSet], data: Path) -> Group:
-    """Four averages in one pass over float32."""
-    stage, d = Stage(data, "four"), sets["f32"]
-    pattern = stage.output(d, "four").with_stem("result-{average}")
-    labels = [spec.partition("=")[0] for spec in AVERAGES]
-    outputs = tuple(pattern.with_stem(f"result-{label}") for label in labels)
-    averages = [word for spec in AVERAGES for word in ("--average", spec)]
-    options = ("-o", str(pattern), *averages, "--names", "variable", "--overwrite", "-q")
-    command = (*EMA_AVG, "run", str(d.folder(data)), *options)
-    tool = Contestant("ema-avg, four averages", PROCESS, command, d, outputs)
-    limits = stage.limits(d, results=len(AVERAGES))
-    return Group("four", f"{d.title}, four averages", (stage.start(), *limits, tool), (d,))
-
-
-def plan(sets: dict[str, DataSet], data: Path) -> Group:
-    """Compare plans, which read no tensor: what a user waits for before work begins."""
-    stage, d = Stage(data, "plan"), sets["plan"]
-    command = (*EMA_AVG, "plan", str(d.folder(data)), "--decay", "0.9")
-    contestants = (
-        stage.start(),
-        Contestant("ema-avg --help", PROCESS, (*EMA_AVG, "--help")),
-        Contestant("ema-avg plan", PROCESS, command),
-    )
-    return Group("plan", f"plan over {d.title}", contestants, (d,))
-
-
-def cold(sets: dict[str, DataSet], data: Path) -> Group:
-    """Run float32 again when nothing of it is in the page cache."""
-    stage, d = Stage(data, "cold"), sets["f32"]
-    everyone = (stage.start(), *stage.limits(d), stage.numpy_script(d), stage.ema_avg(d))
-    equal = stage.same_results(d)
-    return Group("cold", f"{d.title}, not in the page cache", everyone, (d,), True, equal)
-
-
-GROUPS: dict[str, Callable[[dict[str, DataSet], Path], Group]] = {
-    "f32": float32,
-    "bf16": bfloat16,
-    "small": small,
-    "four": four,
-    "plan": plan,
-    "cold": cold,
-}

@@ -14,11 +14,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ITEM_BYTES = {"F32": 4, "BF16": 2}
 MIB = 1 << 20
+SAFETENSORS, TENSORFLOW = "safetensors", "tensorflow"
+# What follows the prefix of a TensorFlow checkpoint with one data file in the names of its files.
+INDEX, DATA = ".index", ".data-00000-of-00001"
+VARIABLE = "layers.{:05d}.weight"
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """A run of equally shaped safetensors checkpoints."""
+    """A run of equally shaped checkpoints; those of equal shapes hold the same values."""
 
     key: str
     title: str
@@ -26,6 +30,8 @@ class DataSet:
     tensors: int
     shape: tuple[int, ...]
     checkpoints: int
+    format: str = SAFETENSORS
+    names: str = VARIABLE
 
     @property
     def tensor_bytes(self) -> int:
@@ -46,26 +52,51 @@ class DataSet:
         """Return the run directory below the data directory."""
         return data / f"run-{self.key}"
 
-    def paths(self, data: Path) -> list[Path]:
-        """Return the checkpoints in the order of their steps."""
+    def checkpoint_paths(self, data: Path) -> list[Path]:
+        """Return what the tool calls the checkpoints, in the order of their steps."""
         steps = range(100, 100 * self.checkpoints + 1, 100)
-        return [self.folder(data) / f"step-{step:05d}.safetensors" for step in steps]
+        name = "model.ckpt-{}" if self.format == TENSORFLOW else "step-{:05d}.safetensors"
+        return [self.folder(data) / name.format(step) for step in steps]
+
+    def paths(self, data: Path) -> list[Path]:
+        """Return the files that hold the tensor data, one for each checkpoint."""
+        found = self.checkpoint_paths(data)
+        return [beside(path, DATA) for path in found] if self.format == TENSORFLOW else found
+
+    def files(self, data: Path) -> list[Path]:
+        """Return all files; of a checkpoint's the last is renamed into place after the others."""
+        if self.format != TENSORFLOW:
+            return self.paths(data)
+        prefixes = self.checkpoint_paths(data)
+        return [beside(path, suffix) for path in prefixes for suffix in (DATA, INDEX)]
 
     def is_complete(self, data: Path) -> bool:
         """Tell whether all files are there; they were complete when renamed into place."""
-        return all(p.is_file() and p.stat().st_size > self.payload_bytes for p in self.paths(data))
+        there = all(path.is_file() for path in self.files(data))
+        return there and all(p.stat().st_size >= self.payload_bytes for p in self.paths(data))
+
+
+def beside(prefix: Path, suffix: str) -> Path:
+    """Return a file of a TensorFlow checkpoint, whose prefix may have a dot in its name."""
+    return prefix.with_name(prefix.name + suffix)
 
 
 def catalogue(*, quick: bool) -> dict[str, DataSet]:
     """Return all data sets by key; the quick ones have an eighth of the bytes per tensor."""
     rows = 128 if quick else 1024
-    size = f"8 x {rows // 4} MiB"
+    large = (rows, 2048)
+    mib, bytes_of_8 = f"{rows // 4} MiB", f"8 x {rows // 4} MiB"
+    tf_small = "8 TensorFlow checkpoints of 20,000 float32 tensors of 1 KiB"
+    shadow = f"{VARIABLE}/ExponentialMovingAverage"
     sets = (
-        DataSet("f32", f"{size} float32 in 32 tensors", "F32", 32, (rows, 2048), 8),
-        DataSet("bf16", f"{size} bfloat16 in 32 tensors", "BF16", 32, (2 * rows, 2048), 8),
+        DataSet("f32", f"{bytes_of_8} float32 in 32 tensors", "F32", 32, large, 8),
+        DataSet("bf16", f"{bytes_of_8} bfloat16 in 32 tensors", "BF16", 32, (2 * rows, 2048), 8),
         DataSet("small", "8 x 20,000 float32 tensors of 1 KiB", "F32", 20_000, (256,), 8),
         DataSet("large", "8 x the same bytes in 32 tensors", "F32", 32, (625, 256), 8),
         DataSet("plan", "100 x 1,000 tiny float32 tensors", "F32", 1_000, (16,), 100),
+        DataSet("tf", f"8 TensorFlow checkpoints of {mib}", "F32", 32, large, 8, TENSORFLOW),
+        DataSet("tf-small", tf_small, "F32", 20_000, (256,), 8, TENSORFLOW),
+        DataSet("tf-shadow", f"{mib} of shadows", "F32", 32, large, 1, TENSORFLOW, shadow),
     )
     return {data_set.key: data_set for data_set in sets}
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import fnmatch
 import functools
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from ema_cli.errors import Disagreement, UsageError
-from ema_cli.tensors import Index, Role
+from ema_cli.tensors import Index, Role, Tensor
 from ema_cli.text import encodable, near_misses, shorten
 
 SHADOW_NAME = "ExponentialMovingAverage"
@@ -47,6 +48,38 @@ def variable_of(tensor: str, name: str) -> str | None:
     """Return the variable whose shadow `tensor` is by its name, or None."""
     suffix = f"/{name}"
     return tensor.removesuffix(suffix) or None if tensor.endswith(suffix) else None
+
+
+def variable_behind(shadow: Tensor, name: str, saved: Mapping[str, Tensor]) -> str | None:
+    """Return the variable whose shadow this is, or None when it is none by its name.
+
+    TensorFlow puts the scope in which ``apply`` ran before the variable's own name:
+    ``scope2/scope1/v0/ema`` is the shadow of ``scope1/v0``.
+    """
+    variable = variable_of(shadow.name, name)
+    if variable is None or variable in saved:
+        return variable
+    inner = variable
+    while "/" in inner:
+        inner = inner.partition("/")[2]
+        if inner in saved and saved[inner].shape == shadow.shape:
+            return inner
+    return variable
+
+
+def shadow_names(index: Index) -> list[str]:
+    """Return the names that shadows of other names than the usual seem to have, best first.
+
+    What follows a variable's name, is as large as it, and is no slot that an optimizer makes.
+    """
+    found: Counter[str] = Counter()
+    for tensor in index.tensors:
+        variable, _, name = tensor.name.rpartition("/")
+        behind = index.by_name.get(variable)
+        if behind is not None and behind.shape == tensor.shape and tensor.dtype.averaged:
+            role = role_in(index, tensor.name, SHADOW_NAME)
+            found[name] += role in (Role.VARIABLE, Role.FIXED, Role.OTHER_SHADOW)
+    return [name for name, count in found.most_common() if count]
 
 
 @functools.lru_cache(maxsize=1 << 15)
@@ -250,6 +283,9 @@ def restore_map(saved: Collection[str], averaged: Mapping[str, bool], name: str)
     for variable in (v for v, is_averaged in averaged.items() if not is_averaged):
         if variable not in rows:
             rows[variable] = _plain(variable, names, name)
+        elif not rows[variable].note:
+            note = "so the variable of this name is not restored"
+            rows[variable] = rows[variable]._replace(note=note)
     return list(rows.values())
 
 

@@ -12,7 +12,7 @@ from ema_cli.durable import free_bytes
 from ema_cli.errors import Disagreement
 from ema_cli.formats import read
 from ema_cli.layout import Wishes, lay_out_entries
-from ema_cli.naming import role_of, shadow_of, variable_of
+from ema_cli.naming import role_in, role_of, shadow_of, variable_behind
 from ema_cli.plan import BASE_BYTES, Costs, Plan, Request
 from ema_cli.ranges import Destination
 from ema_cli.runs import Run
@@ -58,18 +58,24 @@ def make(request: Request, towards: str | None) -> tuple[Plan, Layout, Renamed]:
         path, checkpoint, entries, wishes, [(name, "belongs to a shadow") for name in left_out]
     )
     if not changed and layout.format == checkpoint.index.format:
-        raise _nothing(request, towards)
+        raise _nothing(request, checkpoint, towards)
     renamed = Renamed(path, changed, tuple(replaced), tuple(left_out), len(entries) - len(changed))
     return _plan(request, checkpoint, layout), layout, renamed
 
 
-def _nothing(request: Request, towards: str | None) -> Disagreement:
+def _nothing(request: Request, checkpoint: Checkpoint, towards: str | None) -> Disagreement:
     path, name = request.paths[0], request.wishes.name
     if towards == "variable":
-        return Disagreement(
-            f"{shorten(path, 1000)}: no tensor is called <variable>/{shorten(name)}",
+        others = naming.shadow_names(checkpoint.index)
+        hint = (
             f"see the names with {command('ema-avg', 'inspect', path)}, and give the shadows' "
-            "name with --name",
+            "name with --name"
+        )
+        if others:
+            words = ("ema-avg", "rename", path, "-o", request.output or "OUT")
+            hint = command(*words, "--names", "variable", "--name", others[0])
+        return Disagreement(
+            f"{shorten(path, 1000)}: no tensor is called <variable>/{shorten(name)}", hint
         )
     return Disagreement(
         f"{shorten(path, 1000)}: no tensor would be renamed",
@@ -89,7 +95,7 @@ def _towards_variable(
     shadows = {
         variable: tensor
         for tensor in checkpoint.index.tensors
-        if (variable := variable_of(tensor.name, wishes.name))
+        if (variable := variable_behind(tensor, wishes.name, by_name))
     }
     for variable, shadow in shadows.items():
         mine = by_name.get(variable)
@@ -103,9 +109,11 @@ def _towards_variable(
     for tensor in checkpoint.index.tensors:
         if tensor.name in shadows:
             replaced.append(tensor.name)
+        elif variable_behind(tensor, wishes.name, by_name):
+            continue
         elif role_of(tensor.name, wishes.name) is not Role.SHADOW:
             entries.append(_kept(tensor))
-        elif variable_of(tensor.name, wishes.name) is None:
+        else:
             left_out.append(tensor.name)
     return entries, replaced, left_out
 
@@ -114,7 +122,7 @@ def _towards_shadow(checkpoint: Checkpoint, wishes: Wishes) -> list[Entry]:
     """What a run would average gets its shadow's name; statistics keep their own beside it."""
     entries = []
     for tensor in checkpoint.index.tensors:
-        role = role_of(tensor.name, wishes.name)
+        role = role_in(checkpoint.index, tensor.name, wishes.name)
         if tensor.dtype.averaged and role in (Role.VARIABLE, Role.STATISTICS):
             entries.append(_kept(tensor)._replace(name=shadow_of(tensor.name, wishes.name)))
             if role is Role.VARIABLE:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ema_cli import formats
+from ema_cli import formats, provenance
 from ema_cli.errors import InputError, UsageError
 from ema_cli.files import read_small
 from ema_cli.formats.tensorflow import graphs
 from ema_cli.naming import (
+    OBJECT_GRAPH,
     Restored,
     Rule,
     check_rules,
@@ -59,7 +60,8 @@ def restored(
     if program is None:
         variables = _variables(saved, name)
         check_rules(rules, variables)
-        rows = restore_map(saved.by_name, _averaged(saved, variables, rules, name), name)
+        averaged = _averaged(saved, variables, rules, name, _recorded(checkpoint))
+        rows = [_named(row, saved) for row in restore_map(saved.by_name, averaged, name)]
     elif isinstance(program, str) and graphs.is_graph(program):
         rows = _of_graph(program, saved, rules, name)
     elif isinstance(program, str) and _is_checkpoint(program):
@@ -99,6 +101,8 @@ def _variables(index: Index, name: str) -> Mapping[str, Tensor]:
     """Return the variables a checkpoint tells of: plain ones, and those only a shadow tells of."""
     variables: dict[str, Tensor] = {}
     for tensor in index.tensors:
+        if tensor.name == OBJECT_GRAPH:
+            continue  # read by tf.train.Checkpoint, and no variable
         if role_in(index, tensor.name, name) is not Role.SHADOW:
             variables[tensor.name] = tensor
         elif (variable := variable_of(tensor.name, name)) is not None:
@@ -106,13 +110,32 @@ def _variables(index: Index, name: str) -> Mapping[str, Tensor]:
     return variables
 
 
+def _recorded(checkpoint: Checkpoint) -> frozenset[str]:
+    """Return the variables that an output of ours is an average of; empty for other checkpoints."""
+    origin = provenance.load(checkpoint.path) or {}
+    names = [*origin.get("averaged", ()), *(pair["from"] for pair in origin.get("renamed", ()))]
+    return frozenset(names)
+
+
+def _named(row: Restored, index: Index) -> Restored:
+    """Return the row with what the training program calls the variable, if that is told."""
+    full_name = index.full_names.get(row.variable)
+    return row._replace(note=full_name) if full_name and not row.note else row
+
+
 def _averaged(
-    index: Index, variables: Mapping[str, Tensor], rules: Sequence[Rule], name: str
+    index: Index,
+    variables: Mapping[str, Tensor],
+    rules: Sequence[Rule],
+    name: str,
+    only: Collection[str] = (),
 ) -> dict[str, bool]:
     """Return for each variable whether it is asked for under its shadow name.
 
-    As TensorFlow has it: the trainable variables, not the statistics; rules override.
+    As TensorFlow has it: the trainable variables, not the statistics; rules override. `only`, if
+    any, are those that can be. Through an object graph all are restored under their own names.
     """
+    objects = OBJECT_GRAPH in index.by_name and not any(variable_of(t, name) for t in index.by_name)
     averaged = {}
     for variable, tensor in variables.items():
         rule = ruling(rules, variable)
@@ -120,6 +143,7 @@ def _averaged(
         by_role = recorded or (
             role_in(index, variable, name) is Role.VARIABLE and tensor.dtype.averaged
         )
+        by_role = by_role and not objects and (not only or variable in only)
         averaged[variable] = by_role if rule is None else rule.include
     return averaged
 

@@ -273,6 +273,8 @@ def _foreign(path: str) -> PassedOver:
         known = foreign.recognise(path)
         if known is None:
             return PassedOver(path, "a folder without weights", unusable=_promising(path))
+    if tensorflow.is_v1(path):
+        return PassedOver(path, "a checkpoint in TensorFlow's old V1 format: not read")
     known = foreign.recognise(path)
     reason = f"{known.title}: not read by this version" if known else "not a checkpoint"
     return PassedOver(path, reason)

@@ -12,6 +12,7 @@ from ema_cli import kernel
 from ema_cli.averages import Average, Ema, HalfLife, Power
 from ema_cli.errors import EmaError
 from ema_cli.invocation import run_words
+from ema_cli.naming import OBJECT_GRAPH
 from ema_cli.plan import Outcome, Plan, Request
 from ema_cli.schedules import one_minus_decay, schedule
 from ema_cli.tensors import DTYPES
@@ -175,10 +176,18 @@ def _frozen(plan: Plan, outcome: Outcome) -> Iterator[PlanWarning]:
 
 
 def _names(request: Request, outcome: Outcome) -> Iterator[PlanWarning]:
-    if request.wishes.names == "shadow" and outcome.layout.kind == "folder":
+    if request.wishes.names != "shadow":
+        return
+    found = f"will not find {plural(len(outcome.selection.averaged), 'tensor')}"
+    if outcome.layout.kind == "folder":
         yield PlanWarning(
             "shadow-names",
-            "a Hugging Face folder with shadow names: its loaders will not find "
-            f"{plural(len(outcome.selection.averaged), 'tensor')}",
+            f"a Hugging Face folder with shadow names: its loaders {found}",
+            "leave out --names shadow",
+        )
+    elif OBJECT_GRAPH in outcome.layout.places:
+        yield PlanWarning(
+            "shadow-names",
+            f"an object graph names variables only: tf.train.Checkpoint(...).restore {found}",
             "leave out --names shadow",
         )

@@ -14,7 +14,7 @@ from ema_cli.views import Out
 
 if TYPE_CHECKING:
     from ema_cli.runs import Run
-    from ema_cli.tensors import Checkpoint
+    from ema_cli.tensors import Checkpoint, Index, Tensor
 
 
 @click.command(
@@ -85,11 +85,11 @@ def _checkpoint(out: Out, checkpoint: Checkpoint, name: str) -> None:
             "shape": list(tensor.shape),
             "bytes": tensor.extent.nbytes,
             "role": role_in(index, tensor.name, name).value,
-            "file": index.names[tensor.extent.file],
+            "file": _files(index, tensor),
         }
         for tensor in index.tensors
     ]
-    folder = len(index.names) > 1
+    folder = len({extent.file for extent in index.extents}) > 1
     step = "" if checkpoint.step is None else f", step {checkpoint.step:,}"
     out.table(
         ("tensor", "dtype", "shape", "bytes", "role") + (("file",) if folder else ()),
@@ -101,8 +101,12 @@ def _checkpoint(out: Out, checkpoint: Checkpoint, name: str) -> None:
     )
     out.say(
         f"{index.format}{step}: {plural(len(rows), 'tensor')}, "
-        f"{size(index.nbytes)} in {plural(len(index.names), 'file')}"
+        f"{size(index.nbytes)} in {plural(len(checkpoint.files), 'file')}"
     )
+    if index.roles_from:
+        out.say(f"variables told by {index.roles_from}")
+    for note in checkpoint.notes:
+        out.say(f"note: {note}")
     origin = provenance.load(checkpoint.path)
     if origin is not None:
         _origin(out, origin)
@@ -116,6 +120,13 @@ def _checkpoint(out: Out, checkpoint: Checkpoint, name: str) -> None:
         tensors=rows,
         provenance=origin,
     )
+
+
+def _files(index: Index, tensor: Tensor) -> str:
+    """Return the file a tensor lies in, or in how many slices it is stored."""
+    if tensor.slices:
+        return plural(len(tensor.slices), "slice")
+    return index.names[tensor.extent.file]
 
 
 def _origin(out: Out, origin: Mapping[str, Any]) -> None:

@@ -93,6 +93,11 @@ def _hint(found: RestoreMap, checkpoint: str, name: str) -> str:
     if any(row.source == "mismatch" for row in missing):
         return "average checkpoints of the program that restores: shapes and dtypes must be equal"
     lost = [row for row in missing if not row.saved_as]
+    if lost and all("a partition of '" in row.note for row in lost):
+        return (
+            "TensorFlow saves partitions under one name but asks for them by several: restore in a "
+            "graph without a partitioner, or with Saver({saved name: partitioned variable})"
+        )
     if lost:
         return _unsaved(lost, name)
     words = ["ema-avg", "rename", checkpoint, "-o", "OUT"]

@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ema_cli.naming import role_in
+from ema_cli.naming import OBJECT_GRAPH, role_in
 from ema_cli.record import copied
 from ema_cli.tensors import Role
 from ema_cli.text import command, percent, plural, shorten, size
 from ema_cli.views import Cell, Out
 
 if TYPE_CHECKING:
+    from ema_cli.blueprint import Layout
     from ema_cli.plan import Outcome, Plan
     from ema_cli.runs import Run
 
@@ -27,6 +28,9 @@ RAMP = (
 BATCH_NORM = (
     "batch-norm statistics are averaged too; with training data at hand, recompute them "
     "(torch.optim.swa_utils.update_bn)"
+)
+TENSORFLOW_BATCH_NORM = (
+    "batch-norm statistics are averaged too (--statistics copy takes the last, as TensorFlow does)"
 )
 
 
@@ -112,10 +116,12 @@ def _tensors(out: Out, outcome: Outcome) -> None:
     selection = outcome.selection
     nbytes = sum(tensor.extent.nbytes for tensor in selection.averaged)
     out.line(f"  averaged: {plural(len(selection.averaged), 'tensor')}, {size(nbytes)}")
+    if outcome.last.index.roles_from:
+        out.line(f"  variables told by {outcome.last.index.roles_from}")
     copies = copied(outcome)
     left_out = dict(outcome.layout.left_out)
     if _statistics(outcome):
-        out.line(f"  {BATCH_NORM}")
+        out.line(f"  {_batch_norm(outcome)}")
     _counted(out, "copied", Counter(reason for _, reason in copies))
     _counted(out, "left out", Counter(left_out.values()))
     optimizer = sum(tensor.extent.nbytes for tensor in selection.optimizer)
@@ -135,6 +141,11 @@ def _statistics(outcome: Outcome) -> bool:
     return any(role_in(index, tensor.name, "") is Role.STATISTICS for tensor in averaged)
 
 
+def _batch_norm(outcome: Outcome) -> str:
+    tensorflow = outcome.last.index.format == "tensorflow"
+    return TENSORFLOW_BATCH_NORM if tensorflow else BATCH_NORM
+
+
 def _counted(out: Out, word: str, reasons: Counter[str]) -> None:
     for reason, count in reasons.items():
         out.line(f"  {word}: {plural(count, 'tensor')} ({reason})")
@@ -149,9 +160,20 @@ def loading(outcome: Outcome) -> str:
             weights = os.path.join(path, names[0])
             return f"safetensors.numpy.load_file({shorten(weights, 1000)!r})"
         return f"AutoModel.from_pretrained({shorten(path, 1000)!r})"
+    if layout.kind == "prefix":
+        return _restoring(layout)
     if layout.names == "shadow":
         return command("ema-avg", "map", path)
     return f"safetensors.numpy.load_file({shorten(path, 1000)!r})"
+
+
+def _restoring(layout: Layout) -> str:
+    """Return the line of TensorFlow that restores an output."""
+    path = f"{shorten(layout.path, 1000)!r}"
+    if OBJECT_GRAPH in layout.places:
+        return f"tf.train.Checkpoint(...).restore({path})"
+    variables = "ema.variables_to_restore()" if layout.names == "shadow" else ""
+    return f"tf.compat.v1.train.Saver({variables}).restore(session, {path})"
 
 
 def summary(out: Out, plan: Plan, outcome: Outcome) -> None:
@@ -181,6 +203,7 @@ def summary(out: Out, plan: Plan, outcome: Outcome) -> None:
     for name, reason in outcome.layout.left_out:
         out.detail(f"  left out: {shorten(name)}: {reason}")
     if _statistics(outcome):
-        out.say(f"  {BATCH_NORM}")
-    verb = "check it" if outcome.layout.names == "shadow" else "load it"
+        out.say(f"  {_batch_norm(outcome)}")
+    checked = outcome.layout.names == "shadow" and outcome.layout.kind != "prefix"
+    verb = "check it" if checked else "load it"
     out.say(f"  {verb}: {loading(outcome)}")

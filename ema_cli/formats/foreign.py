@@ -21,22 +21,16 @@ _TORCH = "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'OUT.
 _KERAS = (
     "safetensors.numpy.save_file({v.path: v.numpy() for v in model.weights}, 'OUT.safetensors')"
 )
-_TENSORFLOW = (
-    "r = tf.train.load_checkpoint(PREFIX); safetensors.numpy.save_file({n: r.get_tensor(n) "
-    "for n in r.get_variable_to_shape_map()}, 'OUT.safetensors')"
-)
 _NUMPY = "safetensors.numpy.save_file(dict(numpy.load(FILE)), 'OUT.safetensors')"
 
 SUFFIXES: Mapping[str, Foreign] = {
     ".pt": Foreign("PyTorch", _TORCH),
     ".pth": Foreign("PyTorch", _TORCH),
-    ".ckpt": Foreign("PyTorch Lightning or TensorFlow V1", _TORCH),
+    ".ckpt": Foreign("PyTorch Lightning", _TORCH),
     ".bin": Foreign("PyTorch", _TORCH),
     ".h5": Foreign("Keras HDF5", _KERAS),
     ".keras": Foreign("Keras", _KERAS),
     ".npz": Foreign("NumPy", _NUMPY),
-    ".index": Foreign("TensorFlow", _TENSORFLOW),
-    ".meta": Foreign("TensorFlow", _TENSORFLOW),
     ".distcp": Foreign(
         "torch DCP", "python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR OUT.pt"
     ),
@@ -57,8 +51,6 @@ _FOLDERS: Mapping[str, Foreign] = {
     "pytorch_model.bin.index.json": Foreign(
         "PyTorch", "transformers: model.save_pretrained(DIR, safe_serialization=True)"
     ),
-    "saved_model.pb": Foreign("TensorFlow SavedModel", _TENSORFLOW),
-    "checkpoint": Foreign("TensorFlow", _TENSORFLOW),
     "tf_model.h5": SUFFIXES[".h5"],
     "flax_model.msgpack": SUFFIXES[".msgpack"],
 }
