@@ -22,6 +22,8 @@ def announce(layout: Layout) -> list[str]:
     Only where all checkpoints of the directory, and of its state file, are outputs of ours.
     """
     folder, name = os.path.split(layout.path)
+    if layout.path.endswith(tensorflow.IN_SAVED_MODEL):
+        return []  # loaded by its folder
     path = os.path.join(folder, tensorflow.STATE_FILE)
     state = tensorflow.state_in(folder)
     listed = [] if state is None else [entry for entry in state.listed if entry != name]

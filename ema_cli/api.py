@@ -142,7 +142,8 @@ def average_run(
 
     Args:
         runs: a directory of checkpoints, or several checkpoints.
-        output: the output path; may hold ``{step}`` and ``{average}``.
+        output: the output path; may hold ``{step}`` and ``{average}``. A TensorFlow checkpoint is
+            named by its prefix, or by a directory with a slash: ``DIR/model.ckpt-{step}``.
         average: ``[LABEL=]SPEC[@WINDOW]`` each; SPEC is ``ema:D``, ``ema:D/step``,
             ``half-life:STEPS``, ``mean``, ``lr:SHAPE``, ``power:SIGMA_REL`` or ``weights:FILE``,
             WINDOW ``last=N`` or ``A:B`` in steps.

@@ -308,7 +308,9 @@ def _told_step(checkpoint: Checkpoint, expression: re.Pattern[str] | None) -> in
     """
     parts = checkpoint.name.split("/")
     if not checkpoint.within:
-        folder = os.path.basename(os.path.dirname(checkpoint.path.rstrip("/")))
+        path = checkpoint.path.rstrip("/").removesuffix(tensorflow.IN_SAVED_MODEL)
+        parts = [os.path.basename(path)]
+        folder = os.path.basename(os.path.dirname(path))
         parts = [folder, *parts] if _NUMBERED_FOLDER.fullmatch(folder) else parts
     steps = (step_from_name(part, expression) for part in reversed(parts))
     return next((step for step in steps if step is not None), None)

@@ -19,8 +19,10 @@ from ema_cli.files import open_input, read_exact
 from ema_cli.formats import FORMATS
 from ema_cli.plan import Plan
 from ema_cli.tasks import Part, Unit
-from ema_cli.tensors import Checkpoint, Extent, Tensor
+from ema_cli.tensors import Checkpoint, Extent, Index, Tensor
 from ema_cli.text import shorten
+
+Checksums = np.ndarray[Any, np.dtype[np.uint32]]
 
 _BLOCK = 1 << 20
 
@@ -31,7 +33,8 @@ class Verifier:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._partial: dict[Unit, Part] = {}
-        self._tables: dict[int, _Table] = {}
+        self._orders: dict[int, _Order] = {}
+        self._sums: dict[int, Checksums] = {}
         used = [k for k, first in enumerate(plan.first_input) if first >= 0]
         self._firsts = [(plan.first_input[k], k) for k in used]
 
@@ -43,51 +46,61 @@ class Verifier:
             self._partial[unit] = Part(crc, n_bytes)
             return
         _, k = self._firsts[bisect.bisect_right(self._firsts, (unit.file, len(self._firsts))) - 1]
-        checkpoint = self._plan.run.checkpoints[k]
         file = unit.file - self._plan.first_input[k]
-        if k not in self._tables:
-            self._tables[k] = _Table(checkpoint)
-        if self._tables[k].expected(file, unit.start, unit.end) != crc:
-            raise _damage(checkpoint, file, unit)
+        if self._expected(k, file, unit.start, unit.end) != crc:
+            raise _damage(self._plan.run.checkpoints[k], file, unit)
 
-
-class _Table:
-    """The extents of a checkpoint in the order of their bytes, each with its checksum."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        assert checkpoint.checksums is not None  # noqa: S101  # or nothing would be verified
-        index = checkpoint.index
-        pairs = zip(index.extents, checkpoint.checksums.tolist(), strict=True)
-        self._checkpoint = checkpoint
-        crc_of = {extent: crc for extent, crc in pairs if extent.nbytes}
-        self._opaque = {t.extent: t for t in index.tensors if not t.dtype.bits}
-        extents = sorted(crc_of)
-        self._places = [extent[:2] for extent in extents]
-        self._extents = extents
-        self._crcs: np.ndarray[Any, np.dtype[np.uint32]] = np.array(
-            [crc_of[extent] for extent in extents], np.uint32
-        )
-        self._ends = np.array([offset + n for _, offset, n in extents], np.int64)
-
-    def expected(self, file: int, start: int, end: int) -> int:
+    def _expected(self, k: int, file: int, start: int, end: int) -> int:
         """Return the CRC-32C of bytes that hold whole extents, one after the other."""
-        first = bisect.bisect_left(self._places, (file, start))
-        last = bisect.bisect_left(self._places, (file, end))
-        for k in range(first, last) if self._opaque else ():
-            if (tensor := self._opaque.pop(self._extents[k], None)) is not None:
-                self._crcs[k] = _raw_checksum(self._checkpoint, tensor, int(self._crcs[k]))
-        after = end - self._ends[first:last]
-        return int(np.bitwise_xor.reduce(shift_all(self._crcs[first:last], after), initial=0))
+        checkpoint = self._plan.run.checkpoints[k]
+        index = checkpoint.index
+        if id(index) not in self._orders:
+            self._orders[id(index)] = _Order(index)
+        order = self._orders[id(index)]
+        if k not in self._sums:
+            assert checkpoint.checksums is not None  # noqa: S101  # or nothing would be verified
+            self._sums[k] = checkpoint.checksums[order.ordinals]
+        sums = self._sums[k]
+        first = bisect.bisect_left(order.places, (file, start))
+        last = bisect.bisect_left(order.places, (file, end))
+        for place in range(first, last) if order.opaque else ():
+            tensor = order.opaque.get(place)
+            if tensor is not None:
+                sums[place] = _raw_checksum(checkpoint, tensor)
+        after = end - order.ends[first:last]
+        return int(np.bitwise_xor.reduce(shift_all(sums[first:last], after), initial=0))
 
 
-def _raw_checksum(checkpoint: Checkpoint, tensor: Tensor, recorded: int) -> int:
+class _Order:
+    """The extents of an index in the order of their bytes, each once and none empty.
+
+    Attributes:
+        places: (file, offset) of each.
+        ends: the offset after each.
+        ordinals: which of ``Index.extents`` each is.
+        opaque: the tensors among them whose recorded checksum is not that of their bytes.
+    """
+
+    def __init__(self, index: Index) -> None:
+        filled = [extent for extent in index.ordinals if extent.nbytes]
+        filled.sort()
+        self.places = [extent[:2] for extent in filled]
+        self.ends = np.array([offset + n for _, offset, n in filled], np.int64)
+        self.ordinals = np.array([index.ordinals[extent] for extent in filled], np.intp)
+        place_of = {extent: place for place, extent in enumerate(filled)}
+        self.opaque = {
+            place_of[t.extent]: t for t in index.tensors if not t.dtype.bits and t.extent.nbytes
+        }
+
+
+def _raw_checksum(checkpoint: Checkpoint, tensor: Tensor) -> int:
     """Return the CRC-32C of the bytes of a tensor whose recorded checksum is not that."""
     read = FORMATS[checkpoint.index.format].opaque_checksums
     assert read is not None  # noqa: S101  # of formats that have such tensors
     raw, found = read(checkpoint, tensor)
-    if found != recorded:
-        path = checkpoint.files[tensor.extent.file].path
-        raise _mismatch(path, tensor.name, recorded, found)
+    error = check_sums(checkpoint, tensor, {tensor.extent: found})
+    if error is not None:
+        raise error
     return raw
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     cls=options.Option,
     group="Output",
     metavar="OUT",
-    help="Where the result goes; may hold {step} and {average}.",
+    help="Where the result goes; may hold {step} and {average}. DIR/ is for TensorFlow.",
 )
 @options.output_options
 @options.overwrite_option

@@ -16,6 +16,7 @@ from ema_cli.formats.tensorflow.drafting import (
 )
 from ema_cli.formats.tensorflow.opaque import opaque_checksums
 from ema_cli.formats.tensorflow.places import (
+    IN_SAVED_MODEL,
     META_SUFFIX,
     STATE_FILE,
     STEM,
@@ -32,6 +33,7 @@ from ema_cli.formats.tensorflow.places import (
 )
 
 __all__ = [
+    "IN_SAVED_MODEL",
     "META_SUFFIX",
     "NAME",
     "STATE_FILE",

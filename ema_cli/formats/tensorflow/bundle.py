@@ -85,6 +85,7 @@ def read(path: str, known: Known) -> Checkpoint:
         index_file=index_path,
         checksums=_checksums(index_path, raw, structure_of(index)),
     )
+    _check_shared(checkpoint)
     return roles.recorded(checkpoint, known)
 
 
@@ -355,3 +356,16 @@ def _checksums(path: str, raw: bytearray, structure: Structure) -> Checksums:
     if checksums[structure.empty].any():
         raise DamagedFile(path, "an empty tensor has another checksum than that of no bytes")
     return checksums
+
+
+def _check_shared(checkpoint: Checkpoint) -> None:
+    """Check that tensors which share their bytes tell the same checksum of them."""
+    index, checksums = checkpoint.index, checkpoint.checksums
+    if checksums is None or len(index.ordinals) == len(index.extents):
+        return
+    seen: dict[tuple[Extent, bool], int] = {}
+    pairs = ((tensor, extent) for tensor in index.tensors for extent in tensor.extents)
+    for (tensor, extent), crc in zip(pairs, checksums.tolist(), strict=True):
+        if seen.setdefault((extent, tensor.dtype.bits > 0), crc) != crc and extent.nbytes:
+            reason = "shares its bytes with another tensor, but not their checksum"
+            raise DamagedFile(checkpoint.index_file, reason, tensor.name)

@@ -22,6 +22,8 @@ SUFFIX = ".index"
 META_SUFFIX = ".meta"
 STATE_FILE = "checkpoint"
 SAVED_MODEL = "saved_model.pb"
+# Where the prefix of a SavedModel's variables lies in its folder.
+IN_SAVED_MODEL = os.path.join(os.sep, "variables", "variables")
 STEM = "model.ckpt"
 
 _STATE_LIMIT = 16 << 20
