@@ -11,7 +11,7 @@ from concurrent.futures import Executor
 from ema_cli import files, machine, renaming, specs
 from ema_cli import plan as planning
 from ema_cli.comparison import Difference, compare
-from ema_cli.destination import check_destination
+from ema_cli.destination import check_destination, repair
 from ema_cli.errors import InputError, UsageError
 from ema_cli.formats import read
 from ema_cli.kernel import SHADOW_DTYPES
@@ -310,6 +310,8 @@ def rename(
         workers=workers or machine.default_workers(),
     )
     plan, layout, renamed = renaming.make(request, towards=names)
+    if not dry_run:
+        repair(layout)
     check_destination(layout, plan.inputs, overwrite=overwrite)
     if dry_run:
         return renamed

@@ -122,18 +122,36 @@ def aside_of(destination: str) -> str:
 
 
 def repair(layout: Layout) -> None:
-    """Put back what a killed replacement of this output had moved aside."""
+    """Undo what a process left that was killed while it published or replaced this output."""
+    if layout.kind == "file":
+        return  # one rename leaves nothing half done
     destination = layout.path.rstrip("/")
-    if not os.path.lexists(aside_of(destination)):
-        return
     root = durable.beside(destination, durable.TEMPORARY_SUFFIX)
+    unfinished = _unfinished(layout, root)
+    if not unfinished and not os.path.lexists(aside_of(destination)):
+        return
     lock = durable.create_locked_directory(root)
     try:
         with storage_errors(destination, "cannot repair"):
+            for path in unfinished:
+                os.unlink(path)
             restore(layout)
     finally:
         durable.remove(root)
         os.close(lock)
+
+
+def _unfinished(layout: Layout, root: str) -> list[str]:
+    """Return the data files of a prefix that got their names when its index did not."""
+    if layout.kind != "prefix" or not os.path.isdir(root):
+        return []
+    prefix = layout.path
+    waiting = os.listdir(root)
+    index = os.path.basename(prefix) + tensorflow.SUFFIX
+    if index not in waiting or os.path.lexists(prefix + tensorflow.SUFFIX):
+        return []
+    found = tensorflow.files_of(prefix)
+    return [path for path in found if os.path.basename(path) not in waiting]
 
 
 def restore(layout: Layout) -> None:

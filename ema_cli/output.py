@@ -92,11 +92,11 @@ class Unpublished:
                 if fd != self._lock:
                     os.close(fd)
 
-    def seal(self, executor: Executor) -> list[list[str]]:
+    def seal(self, executor: Executor) -> list[tuple[int, list[str]]]:
         """Write what only the data decides, check the files and make them durable.
 
-        Returns their checksums: one CRC-32C per 64 MiB of each file, as eight hex digits, and
-        none of a file copied whole.
+        Returns for each file its size and checksums: one CRC-32C per 64 MiB, as eight hex digits,
+        and none of a file copied whole.
         """
         crc_of: dict[Extent, int] = {}
         sums = [self._checksums(executor, ordinal, crc_of) for ordinal in self._data()]
@@ -114,7 +114,7 @@ class Unpublished:
                 os.close(fd)
         if self.layout.kind != "file":
             durable.sync(self._lock, self.root)
-        return sums
+        return [(os.path.getsize(path), some) for path, some in zip(self.paths, sums, strict=True)]
 
     def _data(self) -> Sequence[int]:
         """Return the ordinals of the files that are finished before the output is sealed."""

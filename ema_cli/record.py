@@ -112,13 +112,19 @@ def _last(path: str) -> str:
 
 
 def sealed(
-    document: dict[str, Any], digest: str, fingerprint: str, checksums: Sequence[Sequence[str]]
+    document: dict[str, Any],
+    digest: str,
+    fingerprint: str,
+    files: Sequence[tuple[int, Sequence[str]]],
 ) -> dict[str, Any]:
-    """Return `document` with what is known only when the output is finished."""
-    files = [
-        {**file, "crc32c": list(sums)}
-        for file, sums in zip(document["output"]["files"], checksums, strict=True)
+    """Return `document` with what is known only when the output is finished.
+
+    `files` are (size, checksums) of the finished files.
+    """
+    described = [
+        {**file, "size": n_bytes, "crc32c": list(sums)}
+        for file, (n_bytes, sums) in zip(document["output"]["files"], files, strict=True)
     ]
-    output = {**document["output"], "files": files, "fingerprint": fingerprint}
+    output = {**document["output"], "files": described, "fingerprint": fingerprint}
     output["checksum_bytes"] = provenance.CHECKSUM_BYTES
     return {**document, "output": output, "plan": digest}

@@ -7,11 +7,17 @@ with gaps between.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from ema_cli.errors import UnsupportedInput
 from ema_cli.tensors import Extent, Tensor
+from ema_cli.text import shorten
+
+# Boxes of one tensor: cut by rows in one checkpoint and by columns in another they multiply.
+BOX_LIMIT = 1 << 16
 
 
 class Grid(NamedTuple):
@@ -63,7 +69,13 @@ def common_boxes(tensors: Sequence[Tensor]) -> list[Box]:
             seen.add(_cut(tensor))
             cut = [box for box, _ in stored_boxes(tensor)]
             pairs = (_intersection(a, b) for a in boxes for b in cut)
-            boxes = [box for box in pairs if box is not None]
+            boxes = list(itertools.islice((b for b in pairs if b is not None), BOX_LIMIT + 1))
+            if len(boxes) > BOX_LIMIT:
+                raise UnsupportedInput(
+                    f"tensor '{shorten(tensor.name)}': its checkpoints or outputs slice it so "
+                    f"differently that they have more than {BOX_LIMIT:,} boxes in common",
+                    "average those sliced alike, and convert the result with ema-avg rename",
+                )
     return [box for box in boxes if box.elements]
 
 

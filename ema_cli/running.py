@@ -89,8 +89,7 @@ def run_plan(
     found = tuple(warnings(plan))
     documents = [_document(plan, outcome) for outcome in plan.outcomes]
     for outcome in plan.outcomes:
-        if outcome.layout.kind != "file":
-            repair(outcome.layout)
+        repair(outcome.layout)
         provenance.recover(outcome.layout.path)
     same = [
         not overwrite and _unchanged(outcome.layout.path, digest)
@@ -192,10 +191,11 @@ def produce(
         flaw = engine.carry_out(plan, paths, pool, on_event or _ignore, verifier.add)
         if flaw is not None:
             raise flaws.explain(plan, flaw)
-        sums = [one.seal(pool) for one in made]
+        verifier.finish()
+        sealed_files = [one.seal(pool) for one in made]
         files.check_all_unchanged(plan.inputs)
-        for one, checksums, (document, digest) in zip(made, sums, documents, strict=True):
-            sealed = record.sealed(document, digest, one.fingerprint(), checksums)
+        for one, finished, (document, digest) in zip(made, sealed_files, documents, strict=True):
+            sealed = record.sealed(document, digest, one.fingerprint(), finished)
             one.publish(sealed)
         return [note for one in made for note in one.notes]
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ema_cli.checksums import Running, shift_all
-from ema_cli.errors import DamagedFile, InputChanged
+from ema_cli.errors import DamagedFile, EmaError, InputChanged
 from ema_cli.files import open_input, read_exact
 from ema_cli.formats import FORMATS
 from ema_cli.plan import Plan
@@ -49,6 +49,12 @@ class Verifier:
         file = unit.file - self._plan.first_input[k]
         if self._expected(k, file, unit.start, unit.end) != crc:
             raise _damage(self._plan.run.checkpoints[k], file, unit)
+
+    def finish(self) -> None:
+        """Raise when a unit was not read to its end: nothing may go unverified."""
+        for unit in self._partial:
+            path = shorten(self._plan.inputs[unit.file].path, 1000)
+            raise EmaError(f"internal error: {path}: bytes {unit.start} to {unit.end} unverified")
 
     def _expected(self, k: int, file: int, start: int, end: int) -> int:
         """Return the CRC-32C of bytes that hold whole extents, one after the other."""

@@ -7,7 +7,7 @@ Saver sorts them, and the index is built as its table builder does.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from ema_cli.blueprint import Draft, Entry, File, Layout
 from ema_cli.checksums import crc32c, masked
@@ -15,10 +15,11 @@ from ema_cli.formats.tensorflow import bundle, entries, ordered, places, table
 from ema_cli.formats.tensorflow.entries import DTYPE_NUMBERS, Header
 from ema_cli.tensors import NO_FILE, Checkpoint, DType, Extent, Slice, Tensor
 
-# TensorFlow cannot restore a sliced tensor of these dtypes whole ("Dtype half not supported").
-_NEVER_SLICED = ("float16", "uint16", "uint32", "uint64", "float8_e5m2", "float8_e4m3fn")
-# The masked checksum of an extent of a tensor.
-Stored = Callable[[Tensor, Extent], int]
+# TensorFlow cannot restore a sliced tensor of this dtype whole ("Dtype half not supported"), so
+# no averaged tensor becomes one. What is sliced in it already stays.
+_NEVER_SLICED = "float16"
+# Stands for a checksum that is not known yet; zero would be left out.
+_UNKNOWN = 1
 _CRC_BYTES = 4
 _TRAILER_BYTES = 5
 
@@ -47,10 +48,13 @@ def _key(name: str) -> bytes:
 def template(last: Checkpoint) -> Draft:
     """Return the files of `last`: the same entries, order, slices and strings."""
     structure = bundle.structure_of(last.index)
-    files = [
+    data = [
         File(name, end) for name, (end, _) in zip(last.index.names, structure.ends, strict=False)
     ]
-    return Draft([*files, File(places.SUFFIX, len(structure.raw))], last.index.by_name)
+    index = structure.raw.tobytes()
+    if (structure.crc_offsets < 0).any():  # a compressed index, in which nothing can be replaced
+        index = _index(last.index.by_name, Header(len(data), last.index.big_endian))
+    return Draft([*data, _index_file(index)], last.index.by_name)
 
 
 def fresh(wanted: Sequence[Entry], last: Checkpoint, limit: int | None) -> Draft:
@@ -60,7 +64,7 @@ def fresh(wanted: Sequence[Entry], last: Checkpoint, limit: int | None) -> Draft
     end = 0
     for entry in sorted(wanted, key=lambda entry: _key(entry.name)):
         source = last.index.by_name[entry.source]
-        changed = entry.dtype != source.dtype and entry.dtype.name in _NEVER_SLICED
+        changed = entry.dtype != source.dtype and entry.dtype.name == _NEVER_SLICED
         if entry.slices and not changed:
             slices = []
             for piece in entry.slices:
@@ -74,7 +78,9 @@ def fresh(wanted: Sequence[Entry], last: Checkpoint, limit: int | None) -> Draft
             n_bytes = entry.nbytes if entry.dtype.bits else source.extent.nbytes
             placed[entry.name] = Tensor(*entry[:3], Extent(0, end, n_bytes))
             end += n_bytes
-    return Draft([File(places.data_suffix(0, 1), end), _index_file(placed, 1)], placed)
+    header = Header(1, last.index.format == bundle.NAME and last.index.big_endian)
+    index = _index_file(_index(placed, header))
+    return Draft([File(places.data_suffix(0, 1), end), index], placed)
 
 
 def renamed(wanted: Sequence[Entry], source: Checkpoint) -> Draft:
@@ -85,20 +91,20 @@ def renamed(wanted: Sequence[Entry], source: Checkpoint) -> Draft:
         File(name, stamp.size, copy_of=stamp.path)
         for name, stamp in zip(source.index.names[:-1], source.files, strict=False)
     ]
-    return Draft([*data, _index_file(placed, len(data))], placed)
+    index = _index(placed, Header(len(data), source.index.big_endian))
+    return Draft([*data, _index_file(index)], placed)
 
 
-def _index_file(placed: Mapping[str, Tensor], shards: int) -> File:
-    """Return the index file, whose size does not depend on the checksums."""
-    size = len(_index(placed, Header(shards, False), lambda tensor, extent: 1))
-    return File(places.SUFFIX, size)
+def _index_file(index: bytes) -> File:
+    """Return the file of an index whose checksums are still to come."""
+    return File(places.SUFFIX, len(index), ((0, index),))
 
 
 # ---------------------------------------------------------------------------- sealing
 
 
 def seal(layout: Layout, checksums: Mapping[Extent, int]) -> tuple[int, bytes]:
-    """Return the ordinal and the bytes of the index file.
+    """Return the ordinal and the bytes of the index file, with the checksums in their places.
 
     Args:
         layout: of the output.
@@ -107,69 +113,67 @@ def seal(layout: Layout, checksums: Mapping[Extent, int]) -> tuple[int, bytes]:
     last = layout.last
     sources = {entry.name: entry.source for entry in layout.entries}
     whole_files = any(file.copy_of for file in layout.files)
-    recorded = _recorded(last) if last.index.format == bundle.NAME else {}
-
-    def checksum(tensor: Tensor, extent: Extent) -> int:
-        if whole_files:
-            return recorded[extent]
-        if tensor.dtype.bits:
-            return checksums[extent]
-        # That of strings is not one of their bytes; they were copied verbatim.
-        return recorded[last.index.by_name[sources[tensor.name]].extent]
-
     ordinal = len(layout.files) - 1
-    if layout.template:
-        pairs = ((t, extent) for t in last.index.tensors for extent in t.extents)
-        patched = _patched(last, [checksum(tensor, extent) for tensor, extent in pairs])
-        if patched is not None:
-            return ordinal, patched
-    header = Header(ordinal, layout.big_endian)
-    return ordinal, _index(layout.places, header, lambda t, e: masked(checksum(t, e)))
-
-
-def _recorded(last: Checkpoint) -> dict[Extent, int]:
-    assert last.checksums is not None  # noqa: S101  # every TensorFlow checkpoint has them
-    return dict(zip(last.index.extents, last.checksums.tolist(), strict=True))
-
-
-def _patched(last: Checkpoint, checksums: Sequence[int]) -> bytes | None:
-    """Return the index of `last` with other checksums; None when it was compressed."""
-    structure = bundle.structure_of(last.index)
-    raw = bytearray(structure.raw)
-    for offset, crc in zip(structure.crc_offsets.tolist(), checksums, strict=True):
-        if offset < 0:
-            return None
-        raw[offset : offset + _CRC_BYTES] = masked(crc).to_bytes(_CRC_BYTES, "little")
-    for start, length in table.blocks(structure.raw.tobytes()):
+    raw = bytearray(layout.files[ordinal].literals[0][1])
+    items = (item for item in table.read(bytes(raw)) if item.key)
+    for (key, tensor, extent), item in zip(_keys(layout.places), items, strict=True):
+        assert item.key == key  # noqa: S101  # both are sorted
+        if extent is None:
+            continue
+        if tensor.dtype.bits and not whole_files:
+            crc = checksums[extent]
+        else:
+            # Copied with the file; or strings, whose checksum is not one of their bytes.
+            crc = _recorded(last, last.index.by_name[sources[tensor.name]], tensor, extent)
+        at = item.offset + entries.crc_offset(item.value)
+        raw[at : at + _CRC_BYTES] = masked(crc).to_bytes(_CRC_BYTES, "little")
+    for start, length in table.blocks(layout.files[ordinal].literals[0][1]):
         end = start + length
         crc = masked(crc32c(memoryview(raw)[start : end + 1]))
         raw[end + 1 : end + _TRAILER_BYTES] = crc.to_bytes(_CRC_BYTES, "little")
-    return bytes(raw)
+    return ordinal, bytes(raw)
 
 
-def _index(placed: Mapping[str, Tensor], header: Header, stored: Stored) -> bytes:
-    """Return the bytes of an index; `stored` gives the masked checksum of an extent."""
+def _recorded(last: Checkpoint, source: Tensor, tensor: Tensor, extent: Extent) -> int:
+    """Return the checksum that `last` holds for what became `extent` of `tensor`."""
+    assert last.checksums is not None  # noqa: S101  # every TensorFlow checkpoint has them
+    place = tensor.extents.index(extent)
+    return int(last.checksums[last.index.ordinals[source.extents[place]]])
+
+
+# ---------------------------------------------------------------------------- the index
+
+
+def _index(placed: Mapping[str, Tensor], header: Header) -> bytes:
+    """Return the bytes of an index, each checksum in it the same number, to be replaced."""
     items = [(b"", entries.encode_header(header))]
-    items += [item for tensor in placed.values() for item in _items(tensor, stored)]
-    items.sort()
+    for key, tensor, extent in _keys(placed):
+        dtype = DTYPE_NUMBERS[tensor.dtype.name]
+        if extent is None:
+            slices = tuple(_slice_extents(piece) for piece in tensor.slices)
+            entry = entries.Entry(dtype, tensor.shape, 0, 0, 0, 0, slices)
+        else:
+            shape = tensor.shape
+            if tensor.slices:
+                shape = tensor.slices[tensor.extents.index(extent)].lengths
+            entry = entries.Entry(dtype, shape, *extent, _UNKNOWN, ())
+        items.append((key, entries.encode_entry(entry)))
     return table.build(items)
 
 
-def _items(tensor: Tensor, stored: Stored) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the index entries of a tensor: one, or one for the whole and one for each slice."""
-    key, dtype = _key(tensor.name), DTYPE_NUMBERS[tensor.dtype.name]
-    keys = [_slice_extents(piece) for piece in tensor.slices]
-    if tensor.slices:
-        whole = entries.Entry(dtype, tensor.shape, 0, 0, 0, 0, tuple(keys))
-        yield key, entries.encode_entry(whole)
-        for extents, piece in zip(keys, tensor.slices, strict=True):
-            one = entries.Entry(
-                dtype, piece.lengths, *piece.extent, stored(tensor, piece.extent), ()
-            )
-            yield ordered.slice_key(key, extents), entries.encode_entry(one)
-    else:
-        one = entries.Entry(dtype, tensor.shape, *tensor.extent, stored(tensor, tensor.extent), ())
-        yield key, entries.encode_entry(one)
+def _keys(placed: Mapping[str, Tensor]) -> list[tuple[bytes, Tensor, Extent | None]]:
+    """Return the keys of an index in order, with the tensor and the extent each is about.
+
+    The whole of a tensor in slices has an entry without an extent.
+    """
+    keys: list[tuple[bytes, Tensor, Extent | None]] = []
+    for tensor in placed.values():
+        key = _key(tensor.name)
+        keys.append((key, tensor, None if tensor.slices else tensor.extent))
+        for piece in tensor.slices:
+            keys.append((ordered.slice_key(key, _slice_extents(piece)), tensor, piece.extent))
+    keys.sort(key=lambda row: row[0])
+    return keys
 
 
 def _slice_extents(piece: Slice) -> tuple[tuple[int, int], ...]:

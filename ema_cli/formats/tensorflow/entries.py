@@ -275,7 +275,7 @@ _head = functools.lru_cache(maxsize=4096)(_parse_entry)
 
 def encode_entry(entry: Entry) -> bytes:
     """Return the entry as TensorFlow writes it: one with slices has dtype, shape and slices."""
-    head = put_number(1, entry.dtype) + put_bytes(2, encode_shape(entry.shape))
+    head = _encoded_head(entry.dtype, entry.shape)
     if entry.slices:
         return head + b"".join(put_bytes(7, encode_slice(extents)) for extents in entry.slices)
     return (
@@ -285,3 +285,8 @@ def encode_entry(entry: Entry) -> bytes:
         + put_number(5, entry.size)
         + put_fixed32(6, entry.crc)
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def _encoded_head(dtype: int, shape: tuple[int, ...]) -> bytes:
+    return put_number(1, dtype) + put_bytes(2, encode_shape(shape))

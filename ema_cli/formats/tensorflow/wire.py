@@ -19,6 +19,7 @@ BYTES = 2
 FIXED32 = 5
 
 _LARGEST_NUMBER = (1 << 29) - 1
+_SHORT = [bytes([value]) for value in range(0x80)]
 
 Field = tuple[int, int, int | memoryview]
 
@@ -124,6 +125,8 @@ def _number(field: Field, expected: int) -> int:
 
 def put_varint(value: int) -> bytes:
     """Return `value` as a varint; negative numbers as 64 bit two's complement."""
+    if 0 <= value < 0x80:
+        return _SHORT[value]
     value &= (1 << 64) - 1
     encoded = bytearray()
     while value >= 0x80:
