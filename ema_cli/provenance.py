@@ -88,7 +88,7 @@ def cuts(n_bytes: int, extents: Iterable[tuple[int, int]] = ()) -> list[list[int
         ends.update((offset, offset + length))
     ordered = sorted(ends)
     firsts = [bisect.bisect_left(ordered, start) for start in range(0, n_bytes, CHECKSUM_BYTES)]
-    lasts = [*firsts[1:], len(ordered) - 1]
+    lasts = [*firsts[1:], len(ordered) - 1] if firsts else []
     return [ordered[a : b + 1] for a, b in zip(firsts, lasts, strict=True)]
 
 

@@ -116,15 +116,15 @@ def seal(layout: Layout, checksums: Mapping[Extent, int]) -> tuple[int, bytes]:
     ordinal = len(layout.files) - 1
     raw = bytearray(layout.files[ordinal].literals[0][1])
     items = (item for item in table.read(bytes(raw)) if item.key)
-    for (key, tensor, extent), item in zip(_keys(layout.places), items, strict=True):
+    for (key, tensor, place), item in zip(_keys(layout.places), items, strict=True):
         assert item.key == key  # noqa: S101  # both are sorted
-        if extent is None:
+        if place is None:
             continue
         if tensor.dtype.bits and not whole_files:
-            crc = checksums[extent]
+            crc = checksums[tensor.extents[place]]
         else:
             # Copied with the file; or strings, whose checksum is not one of their bytes.
-            crc = _recorded(last, last.index.by_name[sources[tensor.name]], tensor, extent)
+            crc = _recorded(last, last.index.by_name[sources[tensor.name]].extents[place])
         at = item.offset + entries.crc_offset(item.value)
         raw[at : at + _CRC_BYTES] = masked(crc).to_bytes(_CRC_BYTES, "little")
     for start, length in table.blocks(layout.files[ordinal].literals[0][1]):
@@ -134,11 +134,10 @@ def seal(layout: Layout, checksums: Mapping[Extent, int]) -> tuple[int, bytes]:
     return ordinal, bytes(raw)
 
 
-def _recorded(last: Checkpoint, source: Tensor, tensor: Tensor, extent: Extent) -> int:
-    """Return the checksum that `last` holds for what became `extent` of `tensor`."""
+def _recorded(last: Checkpoint, extent: Extent) -> int:
+    """Return the checksum that `last` holds for the bytes of an extent."""
     assert last.checksums is not None  # noqa: S101  # every TensorFlow checkpoint has them
-    place = tensor.extents.index(extent)
-    return int(last.checksums[last.index.ordinals[source.extents[place]]])
+    return int(last.checksums[last.index.ordinals[extent]])
 
 
 # ---------------------------------------------------------------------------- the index
@@ -147,31 +146,29 @@ def _recorded(last: Checkpoint, source: Tensor, tensor: Tensor, extent: Extent) 
 def _index(placed: Mapping[str, Tensor], header: Header) -> bytes:
     """Return the bytes of an index, each checksum in it the same number, to be replaced."""
     items = [(b"", entries.encode_header(header))]
-    for key, tensor, extent in _keys(placed):
+    for key, tensor, place in _keys(placed):
         dtype = DTYPE_NUMBERS[tensor.dtype.name]
-        if extent is None:
+        if place is None:
             slices = tuple(_slice_extents(piece) for piece in tensor.slices)
             entry = entries.Entry(dtype, tensor.shape, 0, 0, 0, 0, slices)
         else:
-            shape = tensor.shape
-            if tensor.slices:
-                shape = tensor.slices[tensor.extents.index(extent)].lengths
-            entry = entries.Entry(dtype, shape, *extent, _UNKNOWN, ())
+            shape = tensor.slices[place].lengths if tensor.slices else tensor.shape
+            entry = entries.Entry(dtype, shape, *tensor.extents[place], _UNKNOWN, ())
         items.append((key, entries.encode_entry(entry)))
     return table.build(items)
 
 
-def _keys(placed: Mapping[str, Tensor]) -> list[tuple[bytes, Tensor, Extent | None]]:
-    """Return the keys of an index in order, with the tensor and the extent each is about.
+def _keys(placed: Mapping[str, Tensor]) -> list[tuple[bytes, Tensor, int | None]]:
+    """Return the keys of an index in order, with the tensor and which of its extents each tells.
 
-    The whole of a tensor in slices has an entry without an extent.
+    The whole of a tensor in slices has an entry that tells none.
     """
-    keys: list[tuple[bytes, Tensor, Extent | None]] = []
+    keys: list[tuple[bytes, Tensor, int | None]] = []
     for tensor in placed.values():
         key = _key(tensor.name)
-        keys.append((key, tensor, None if tensor.slices else tensor.extent))
-        for piece in tensor.slices:
-            keys.append((ordered.slice_key(key, _slice_extents(piece)), tensor, piece.extent))
+        keys.append((key, tensor, None if tensor.slices else 0))
+        for place, piece in enumerate(tensor.slices):
+            keys.append((ordered.slice_key(key, _slice_extents(piece)), tensor, place))
     keys.sort(key=lambda row: row[0])
     return keys
 
