@@ -10,7 +10,7 @@ import functools
 import hashlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 from ema_cli.errors import Locked, storage_errors
@@ -227,6 +227,24 @@ def remove(path: str) -> None:
             shutil.rmtree(path)
         else:
             os.unlink(path)
+
+
+def make_directories(path: str) -> list[str]:
+    """Make a directory and those above it; returns what was missing, outermost last."""
+    missing = []
+    above = path
+    while above and not os.path.isdir(above):
+        missing.append(above)
+        above = os.path.dirname(above)
+    os.makedirs(path, exist_ok=True)
+    return missing
+
+
+def remove_empty(directories: Iterable[str]) -> None:
+    """Remove the directories that are empty, in this order."""
+    for directory in directories:
+        with contextlib.suppress(OSError):
+            os.rmdir(directory)
 
 
 def is_temporary(name: str) -> bool:

@@ -40,12 +40,13 @@ class Unpublished:
         self.paths = [path for _, path in self._files]
         self.notes: list[str] = []
         self._lock = -1
+        self._made: list[str] = []
         self._published = False
 
     def __enter__(self) -> Unpublished:
         parent = os.path.dirname(self.destination)
         with storage_errors(parent or ".", "cannot create"):
-            os.makedirs(parent or ".", exist_ok=True)
+            self._made = durable.make_directories(parent or ".")
         if self.layout.kind == "file":
             self._lock = durable.create_locked(self.root)
         else:
@@ -62,6 +63,7 @@ class Unpublished:
     def __exit__(self, *_: object) -> None:
         if not self._published:
             durable.remove(self.root)
+            durable.remove_empty(self._made)
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
