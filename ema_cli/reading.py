@@ -19,7 +19,7 @@ from ema_cli.naming import STEP_NAMES, role_in, role_of
 from ema_cli.steps import step_from_name, stored_step
 from ema_cli.tensors import DTYPES, Checkpoint, DType, Extent, Role, Tensor, numpy_dtype, swap_width
 from ema_cli.text import shorten
-from ema_cli.verifying import check_sums
+from ema_cli.verifying import check_read
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 _OPEN_FILES = 16
@@ -43,7 +43,7 @@ class TensorReader:
         self._swap = swap_width(tensor.dtype.name) if checkpoint.index.big_endian else 0
         self.elements = tensor.extent.nbytes // self.dtype.itemsize
         self._running: dict[Extent, Running] = {}
-        self._verified = tensor.dtype.bits > 0 and checkpoint.checksums is not None
+        self._verified = checkpoint.checksums is not None
         self._handles = Handles(lambda file: open_unchanged(checkpoint.files[file]), _OPEN_FILES)
 
     def __enter__(self) -> TensorReader:
@@ -60,13 +60,8 @@ class TensorReader:
         self._handles.__exit__(kind, error, trace)
         complete = all(running.nbytes == extent.nbytes for extent, running in self._running.items())
         if kind is None and complete and self._running:
-            damage = check_sums(
-                self._checkpoint,
-                self._tensor,
-                {extent: running.crc for extent, running in self._running.items()},
-            )
-            if damage is not None:
-                raise damage
+            found = {extent: running.crc for extent, running in self._running.items()}
+            check_read(self._checkpoint, self._tensor, found)
 
     def block(self, start: int, count: int) -> Array:
         """Return a new flat array of `count` elements from element `start`."""

@@ -23,6 +23,7 @@ _TEMPORARY = re.compile(
     r"(?:^|[._-])(?:tmp|temp|partial|incomplete)(?:[._-]|$)|\.part$|\.tempstate\d*$|~$|^tmp",
     re.IGNORECASE,
 )
+_NO_INDEX = "its index is missing: still being written, or deleted"
 _NUMBERED_FOLDER = re.compile(
     r"(?:checkpoint|ckpt|step|iter(?:ation)?)s?[=_-]?\d+$|^\d+$", re.IGNORECASE
 )
@@ -138,7 +139,8 @@ def _search(root: str, choice: Choice, known: Known) -> Run:
     passed_over += parts
     flat = choice.glob is None and any(_is_prefix(os.path.join(root, c)) for c in candidates)
     paths = [os.path.join(root, name) for name in candidates]
-    siblings = {os.path.realpath(path) for path in paths if not os.path.islink(path)}
+    entries_of = [_entry_of(path) for path in paths]
+    siblings = {os.path.realpath(path) for path in entries_of if not os.path.islink(path)}
     checkpoints: list[Checkpoint] = []
     seen: set[tuple[int, int]] = set()
     for name in candidates:
@@ -191,12 +193,16 @@ def _grouped(root: str, names: Sequence[str]) -> tuple[list[str], list[PassedOve
             grouped[stem] = None
         elif not name.endswith(tensorflow.SUFFIX):
             graph = name.endswith(tensorflow.META_SUFFIX)
-            missing = "its index is missing: still being written, or deleted"
-            reason = "a graph without its checkpoint" if graph else missing
+            reason = "a graph without its checkpoint" if graph else _NO_INDEX
             parts.setdefault(stem, PassedOver(path, reason))
         else:
             grouped[name] = None
     return list(grouped), list(parts.values())
+
+
+def _entry_of(path: str) -> str:
+    """Return the file or folder that is there for a checkpoint: of a prefix, its index."""
+    return path + tensorflow.SUFFIX if _is_prefix(path) else path
 
 
 def _is_prefix(path: str) -> bool:
@@ -225,7 +231,7 @@ def _reason_by_name(path: str, siblings: set[str]) -> PassedOver | None:
         reason = "hidden"
     elif _TEMPORARY.search(bare):
         reason = "a temporary name: still being written, or left over"
-    elif os.path.islink(path) and os.path.realpath(path) in siblings:
+    elif os.path.islink(_entry_of(path)) and os.path.realpath(_entry_of(path)) in siblings:
         reason = "a link to another entry"
     elif _ALIAS.match(name) and step_from_name(name) is None:
         reason = "an alias: its name tells no step"
@@ -236,7 +242,7 @@ def _reason_by_name(path: str, siblings: set[str]) -> PassedOver | None:
 
 def _reason_by_identity(path: str, seen: set[tuple[int, int]]) -> PassedOver | None:
     try:
-        status = os.stat(path + tensorflow.SUFFIX if _is_prefix(path) else path)
+        status = os.stat(_entry_of(path))
     except OSError as error:
         return PassedOver(path, os.strerror(error.errno or 0), unusable=_promising(path))
     identity = (status.st_dev, status.st_ino)
@@ -333,8 +339,14 @@ def _settle(root: str, checkpoints: list[Checkpoint], passed_over: list[PassedOv
 
 
 def _mark_newest(entry: PassedOver, newest: int) -> PassedOver:
-    """A numbered folder without weights is a checkpoint being written if it is the newest."""
+    """A numbered folder without weights is a checkpoint being written if it is the newest.
+
+    So is TensorFlow's data without its index.
+    """
     name = os.path.basename(entry.path)
+    if entry.reason == _NO_INDEX:
+        step = step_from_name(tensorflow.stem_of(name) or name)
+        return dataclasses.replace(entry, unusable=step is not None and step > newest)
     if entry.reason == "a folder without weights" and _NUMBERED_FOLDER.search(name):
         step = step_from_name(name)
         if step is not None and step > newest:

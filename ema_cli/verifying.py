@@ -35,8 +35,8 @@ class Verifier:
         self._partial: dict[Unit, Part] = {}
         self._orders: dict[int, _Order] = {}
         self._sums: dict[int, Checksums] = {}
-        used = [k for k, first in enumerate(plan.first_input) if first >= 0]
-        self._firsts = [(plan.first_input[k], k) for k in used]
+        self._used = [k for k, first in enumerate(plan.first_input) if first >= 0]
+        self._firsts = [plan.first_input[k] for k in self._used]
 
     def add(self, unit: Unit, part: Part) -> None:
         """Count some bytes of a unit. Raises `DamagedFile` when they are complete and wrong."""
@@ -45,7 +45,7 @@ class Verifier:
         if n_bytes < unit.end - unit.start:
             self._partial[unit] = Part(crc, n_bytes)
             return
-        _, k = self._firsts[bisect.bisect_right(self._firsts, (unit.file, len(self._firsts))) - 1]
+        k = self._used[bisect.bisect_right(self._firsts, unit.file) - 1]
         file = unit.file - self._plan.first_input[k]
         if self._expected(k, file, unit.start, unit.end) != crc:
             raise _damage(self._plan.run.checkpoints[k], file, unit)
@@ -100,7 +100,10 @@ class _Order:
 
 
 def _raw_checksum(checkpoint: Checkpoint, tensor: Tensor) -> int:
-    """Return the CRC-32C of the bytes of a tensor whose recorded checksum is not that."""
+    """Return the CRC-32C of the bytes of a tensor whose recorded checksum is not that.
+
+    The bytes are held against the recorded one: `DamagedFile`.
+    """
     read = FORMATS[checkpoint.index.format].opaque_checksums
     assert read is not None  # noqa: S101  # of formats that have such tensors
     raw, found = read(checkpoint, tensor)
@@ -127,9 +130,12 @@ def _damage(checkpoint: Checkpoint, file: int, unit: Unit) -> DamagedFile | Inpu
         error = check(checkpoint, tensor) if inside and tensor.dtype.bits else None
         if error is not None:
             return error
-    path = shorten(checkpoint.files[file].path, 1000)
+    return _changed(checkpoint.files[file].path)
+
+
+def _changed(path: str) -> InputChanged:
     return InputChanged(
-        f"{path}: changed while it was read: its checksums did not match, but do now",
+        f"{shorten(path, 1000)}: changed while it was read: only now do its checksums match",
         "run again when nothing writes to it any more; nothing was published",
     )
 
@@ -143,6 +149,18 @@ def check(checkpoint: Checkpoint, tensor: Tensor) -> DamagedFile | None:
         for extent in tensor.extents
     }
     return check_sums(checkpoint, tensor, found)
+
+
+def check_read(checkpoint: Checkpoint, tensor: Tensor, found: Mapping[Extent, int]) -> None:
+    """Raise `DamagedFile` unless the bytes read of a tensor, by their CRC-32C, are those saved."""
+    if tensor.dtype.bits:
+        error = check_sums(checkpoint, tensor, found)
+    elif found == {tensor.extent: _raw_checksum(checkpoint, tensor)}:
+        return
+    else:
+        raise _changed(checkpoint.files[tensor.extent.file].path)
+    if error is not None:
+        raise error
 
 
 def check_sums(

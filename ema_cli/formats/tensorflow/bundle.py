@@ -46,6 +46,7 @@ class Structure(NamedTuple):
         crcs: the checksum of each extent in that index, as stored.
         crc_offsets: where in `raw` each of them lies; -1 where that cannot be said.
         empty: which extents hold no bytes.
+        tensors: as in the index.
         ends: for each shard the end of its last tensor, and which that is.
     """
 
@@ -54,6 +55,7 @@ class Structure(NamedTuple):
     crcs: Checksums
     crc_offsets: np.ndarray[Any, np.dtype[np.int64]]
     empty: np.ndarray[Any, np.dtype[np.intp]]
+    tensors: tuple[Tensor, ...]
     ends: tuple[tuple[int, str], ...]
 
 
@@ -168,7 +170,7 @@ def _parse(path: str, raw: bytearray, mine: Bytes) -> Index:
     names = [places.data_suffix(shard, header.shards) for shard in range(header.shards)]
     extents = [extent for tensor in tensors for extent in tensor.extents]
     empty = np.array([k for k, extent in enumerate(extents) if not extent.nbytes], np.intp)
-    structure = Structure(mine, free, crcs, offsets, empty, _ends(path, header, tensors))
+    structure = Structure(mine, free, crcs, offsets, empty, tensors, _ends(path, header, tensors))
     return Index(
         NAME,
         tensors,
@@ -252,7 +254,9 @@ def _ends(path: str, header: Header, tensors: Sequence[Tensor]) -> tuple[tuple[i
         file, offset, n_bytes = extent
         if n_bytes and extent != before:
             if offset < ends[file][0]:
-                raise DamagedFile(path, f"its bytes overlap those of '{ends[file][1]}'", name)
+                raise DamagedFile(
+                    path, f"its bytes overlap those of '{shorten(ends[file][1])}'", name
+                )
             ends[file] = (offset + n_bytes, name)
             before = extent
     return tuple(ends)
@@ -353,9 +357,17 @@ def _checksums(path: str, raw: bytearray, structure: Structure) -> Checksums:
         picked = np.frombuffer(raw, np.uint8)[offsets[:, None] + np.arange(_CRC_BYTES)]
         stored = np.ascontiguousarray(picked).view("<u4").reshape(-1)
     checksums = unmasked_all(stored)
-    if checksums[structure.empty].any():
-        raise DamagedFile(path, "an empty tensor has another checksum than that of no bytes")
+    wrong = structure.empty[checksums[structure.empty] != 0]
+    if len(wrong):
+        reason = "expected the checksum of no bytes, found another"
+        raise DamagedFile(path, reason, _named(structure.tensors, int(wrong[0])))
     return checksums
+
+
+def _named(tensors: Sequence[Tensor], ordinal: int) -> str:
+    """Return the name of the tensor with an extent, counted through all tensors."""
+    names = [tensor.name for tensor in tensors for _ in tensor.extents]
+    return names[ordinal]
 
 
 def _check_shared(checkpoint: Checkpoint) -> None:
