@@ -10,7 +10,8 @@ import os
 
 from ema_cli import durable, provenance
 from ema_cli.blueprint import Layout
-from ema_cli.errors import storage_errors
+from ema_cli.errors import EmaError, storage_errors
+from ema_cli.files import read_small
 from ema_cli.formats import tensorflow
 from ema_cli.formats.tensorflow import statefile
 from ema_cli.text import shorten
@@ -20,35 +21,57 @@ def announce(layout: Layout) -> list[str]:
     """List a published prefix in the state file of its directory; returns what was left undone.
 
     Only where all checkpoints of the directory, and of its state file, are outputs of ours.
+    Elsewhere, and for other kinds of output, nothing happens.
     """
+    if layout.kind != "prefix" or layout.path.endswith(tensorflow.IN_SAVED_MODEL):
+        return []
     folder, name = os.path.split(layout.path)
-    if layout.path.endswith(tensorflow.IN_SAVED_MODEL):
-        return []  # loaded by its folder
     path = os.path.join(folder, tensorflow.STATE_FILE)
     state = tensorflow.state_in(folder)
-    listed = [] if state is None else [entry for entry in state.listed if entry != name]
-    foreign = os.path.lexists(path) and (
-        state is None or not all(_ours(folder, entry) for entry in listed)
-    )
+    others = _others(folder, name, state)
+    foreign = others is None or (state is None and os.path.lexists(path))
     if foreign or not all(_made_by_us(prefix) for prefix in tensorflow.prefixes(folder or ".")):
         return [f"{shorten(path, 1000)}: not touched: it belongs to other checkpoints"]
-    present = [entry for entry in listed if os.path.isfile(_path(folder, entry))]
-    staged = durable.stage(path, statefile.encode(name, [*present, name]))
-    with storage_errors(path, "cannot publish"):
-        os.replace(staged, path)
-    durable.sync_directory(folder)
+    text = statefile.encode(name, [*(others or ()), name])
+    if not _holds(path, text):
+        staged = durable.stage(path, text)
+        with storage_errors(path, "cannot publish"):
+            os.replace(staged, path)
+        durable.sync_directory(folder)
     return []
 
 
-def _ours(folder: str, entry: str) -> bool:
-    """Whether an entry is a bare name, and of an output of ours or of nothing any more."""
-    bare = bool(entry) and not set(entry) & set("/\0")
-    gone = bare and not os.path.isfile(_path(folder, entry))
-    return gone or (bare and _made_by_us(os.path.join(folder, entry)))
+def _others(folder: str, name: str, state: statefile.State | None) -> list[str] | None:
+    """Return the other outputs a state file lists; None when it lists what is not ours.
+
+    What is gone was ours only if something that is listed still is.
+    """
+    if state is None:
+        return []
+    entries = list(dict.fromkeys([*state.listed, state.latest]))
+    if not all(entry and not set(entry) & set("/\0") for entry in entries):
+        return None
+    ours = [entry for entry in entries if _made_by_us(os.path.join(folder, entry))]
+    rest = [entry for entry in entries if entry not in ours]
+    there = [entry for entry in rest if os.path.lexists(_path(folder, entry)) or _v1(folder, entry)]
+    if there or (rest and not ours):
+        return None
+    return [entry for entry in ours if entry != name]
+
+
+def _v1(folder: str, entry: str) -> bool:
+    return os.path.lexists(os.path.join(folder, entry))
 
 
 def _path(folder: str, entry: str) -> str:
     return os.path.join(folder, entry) + tensorflow.SUFFIX
+
+
+def _holds(path: str, text: bytes) -> bool:
+    try:
+        return read_small(path, len(text)) == text
+    except EmaError:
+        return False
 
 
 def _made_by_us(prefix: str) -> bool:

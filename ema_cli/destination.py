@@ -12,7 +12,7 @@ import os
 import stat
 from collections.abc import Iterable, Sequence
 
-from ema_cli import durable
+from ema_cli import durable, provenance
 from ema_cli.blueprint import Layout
 from ema_cli.errors import OutputExists, StorageError, storage_errors
 from ema_cli.formats import FORMATS, sharded, tensorflow
@@ -121,66 +121,85 @@ def aside_of(destination: str) -> str:
     return durable.beside(destination, durable.ASIDE_SUFFIX)
 
 
+def _moving_of(prefix: str) -> str:
+    return durable.beside(prefix, durable.MOVING_SUFFIX)
+
+
 def repair(layout: Layout) -> None:
     """Undo what a process left that was killed while it published or replaced this output."""
     if layout.kind == "file":
         return  # one rename leaves nothing half done
     destination = layout.path.rstrip("/")
     root = durable.beside(destination, durable.TEMPORARY_SUFFIX)
-    unfinished = _unfinished(layout, root)
-    if not unfinished and not os.path.lexists(aside_of(destination)):
+    traces = [aside_of(destination)]
+    if layout.kind == "prefix":
+        traces += [_moving_of(destination), root]
+    if not any(os.path.lexists(path) for path in traces):
         return
-    lock = durable.create_locked_directory(root)
+    lock = durable.create_locked_directory(root, empty=False)
     try:
         with storage_errors(destination, "cannot repair"):
-            for path in unfinished:
-                os.unlink(path)
+            if layout.kind == "prefix":
+                _remove_unfinished(destination, root)
             restore(layout)
     finally:
         durable.remove(root)
         os.close(lock)
 
 
-def _unfinished(layout: Layout, root: str) -> list[str]:
-    """Return the data files of a prefix that got their names when its index did not."""
-    if layout.kind != "prefix" or not os.path.isdir(root):
-        return []
-    prefix = layout.path
+def _remove_unfinished(prefix: str, root: str) -> None:
+    """Remove the data files that a killed process gave their names, when its index got none."""
+    if os.path.lexists(prefix + tensorflow.SUFFIX) or os.path.lexists(_moving_of(prefix)):
+        return
     waiting = os.listdir(root)
-    index = os.path.basename(prefix) + tensorflow.SUFFIX
-    if index not in waiting or os.path.lexists(prefix + tensorflow.SUFFIX):
-        return []
-    found = tensorflow.files_of(prefix)
-    return [path for path in found if os.path.basename(path) not in waiting]
+    if os.path.basename(prefix) + tensorflow.SUFFIX not in waiting:
+        return
+    _remove_staged(prefix, waiting)
+
+
+def _remove_staged(prefix: str, waiting: Sequence[str] = ()) -> None:
+    """Remove the files that a staged provenance names, but for those that have no name yet.
+
+    Nothing else that lies there: it may be somebody's checkpoint on its way.
+    """
+    for path, n_bytes in provenance.staged_files(prefix):
+        made = os.path.basename(path) not in waiting and os.path.isfile(path)
+        if made and os.path.getsize(path) == n_bytes:
+            os.unlink(path)
 
 
 def restore(layout: Layout) -> None:
     """Finish what a killed replacement left, under the lock of its temporary directory."""
     destination = layout.path.rstrip("/")
     aside = aside_of(destination)
-    if not os.path.lexists(aside):
-        return
     if layout.kind == "prefix":
-        _put_back(aside, destination)
+        _restore_prefix(destination, aside)
+    elif not os.path.lexists(aside):
+        return
     elif os.path.lexists(destination):
         durable.remove(aside)
     else:
         os.rename(aside, destination)
 
 
-def _put_back(aside: str, prefix: str) -> None:
-    """Move the files of a replaced prefix back unless the new index stands; the index last."""
-    if not os.path.lexists(prefix + tensorflow.SUFFIX):
-        old = sorted(os.listdir(aside), key=lambda name: name.endswith(tensorflow.SUFFIX))
-        folder = os.path.dirname(prefix)
-        if any(name.endswith(tensorflow.SUFFIX) for name in old):
-            for path in tensorflow.files_of(prefix):
-                if os.path.basename(path) not in old:
-                    os.unlink(path)
-        for name in old:
-            os.replace(os.path.join(aside, name), os.path.join(folder, name))
-        durable.sync_directory(folder)
-    durable.remove(aside)
+def _restore_prefix(prefix: str, aside: str) -> None:
+    """Put the files of a replaced prefix back unless the new index stands.
+
+    As long as they are being moved, here or there, nothing new stands beside them.
+    """
+    moving = _moving_of(prefix)
+    if os.path.lexists(aside):
+        if os.path.lexists(prefix + tensorflow.SUFFIX):
+            durable.remove(aside)
+            return
+        _remove_staged(prefix)
+        os.rename(aside, moving)
+    if not os.path.lexists(moving):
+        return
+    for name in sorted(os.listdir(moving), key=lambda name: name.endswith(tensorflow.SUFFIX)):
+        os.rename(os.path.join(moving, name), os.path.join(os.path.dirname(prefix), name))
+    durable.sync_directory(os.path.dirname(prefix))
+    os.rmdir(moving)
 
 
 # ---------------------------------------------------------------------------- publication
@@ -219,30 +238,37 @@ def _rename_prefix(layout: Layout, root: str, prefix: str, overwrite: bool) -> N
     old = standing(layout)
     if old and not overwrite:
         raise exists(shorten(prefix, 1000))
-    aside = aside_of(prefix)
-    if old:
-        check_replaceable(layout)
-        os.mkdir(aside)
-    moved: list[str] = []
+    check_replaceable(layout)
     try:
-        for path in old:  # the index first: without it the others are no checkpoint
-            os.rename(path, os.path.join(aside, os.path.basename(path)))
-        for file in layout.files:  # the index last
+        if old:
+            _move_aside(old, prefix)
+        for file in layout.files:  # the index last: without it the others are no checkpoint
             if file.name == tensorflow.SUFFIX:
                 durable.sync_directory(os.path.dirname(prefix))
-            _rename_new(root, prefix, file.name)
-            moved.append(prefix + file.name)
+            _rename_new(_made(root, prefix, file.name), prefix + file.name, prefix)
     except BaseException:
-        for path in moved:
-            os.unlink(path)
-        if old:
-            _put_back(aside, prefix)
+        for file in layout.files:
+            if not os.path.lexists(_made(root, prefix, file.name)):  # it has its name already
+                os.unlink(prefix + file.name)
+        _restore_prefix(prefix, aside_of(prefix))
         raise
-    os.rmdir(root)
 
 
-def _rename_new(root: str, prefix: str, name: str) -> None:
+def _move_aside(old: Sequence[str], prefix: str) -> None:
+    """Move the files of a prefix away, its index first; complete under the name of `aside_of`."""
+    moving = _moving_of(prefix)
+    os.mkdir(moving)
+    for path in old:
+        os.rename(path, os.path.join(moving, os.path.basename(path)))
+    os.rename(moving, aside_of(prefix))
+
+
+def _made(root: str, prefix: str, name: str) -> str:
+    return os.path.join(root, os.path.basename(prefix) + name)
+
+
+def _rename_new(made: str, path: str, prefix: str) -> None:
     try:
-        durable.rename_new(os.path.join(root, os.path.basename(prefix) + name), prefix + name)
+        durable.rename_new(made, path)
     except FileExistsError:
         raise exists(shorten(prefix, 1000)) from None

@@ -23,6 +23,8 @@ _RENAME_NOREPLACE = 1
 _LONGEST_NAME = 255
 # While a folder is replaced, the old one waits beside it under ".NAME" + this.
 ASIDE_SUFFIX = ".ema-avg.old"
+# While the files of a prefix are moved there, they wait under ".NAME" + this: all of them are old.
+MOVING_SUFFIX = ".ema-avg.moving"
 
 
 def beside(path: str, suffix: str) -> str:
@@ -80,8 +82,11 @@ def _lock(fd: int, path: str) -> bool:
     return False
 
 
-def create_locked_directory(path: str) -> int:
-    """Return a locked descriptor of the empty directory `path`, taken over as `create_locked`."""
+def create_locked_directory(path: str, *, empty: bool = True) -> int:
+    """Return a locked descriptor of the directory `path`, taken over as `create_locked`.
+
+    `empty`: delete what is in it.
+    """
     with storage_errors(path, "cannot create"):
         while True:
             with contextlib.suppress(FileExistsError):
@@ -93,7 +98,7 @@ def create_locked_directory(path: str) -> int:
                 os.unlink(path)
                 continue
             if _lock(fd, path):
-                for entry in os.listdir(fd):
+                for entry in os.listdir(fd) if empty else ():
                     os.unlink(entry, dir_fd=fd)
                 return fd
 
@@ -249,4 +254,4 @@ def remove_empty(directories: Iterable[str]) -> None:
 
 def is_temporary(name: str) -> bool:
     """Whether an interrupted run of ours may have left a file of this name."""
-    return name.startswith(".") and name.endswith((TEMPORARY_SUFFIX, ASIDE_SUFFIX))
+    return name.startswith(".") and name.endswith((TEMPORARY_SUFFIX, ASIDE_SUFFIX, MOVING_SUFFIX))

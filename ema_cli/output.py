@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
-from ema_cli import announcing, destination, durable, provenance
+from ema_cli import destination, durable, provenance
 from ema_cli.blueprint import Layout
 from ema_cli.errors import EmaError, StorageError, storage_errors
 from ema_cli.formats import FORMATS, Known, safetensors
@@ -203,7 +203,7 @@ class Unpublished:
         finally:
             durable.remove(destination.aside_of(self.destination))
         if self.layout.kind == "prefix":
-            self.notes.extend(announcing.announce(self.layout))
+            durable.remove(self.root)
 
     def fingerprint(self) -> str:
         """Return the fingerprint the published output will have."""

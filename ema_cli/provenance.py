@@ -136,6 +136,17 @@ def proves(document: Mapping[str, Any], output: str) -> bool:
     return True
 
 
+def staged_files(output: str) -> list[tuple[str, int]]:
+    """Return the (path, size) of each file of an output whose provenance is staged."""
+    try:
+        document = json.loads(read_small(_staged_for(output), _LIMIT))
+        files = document["output"]["files"]
+        pairs = [(file["name"], file["size"]) for file in files if _bare(file["name"])]
+    except (EmaError, ValueError, LookupError, TypeError, RecursionError):
+        return []
+    return [(_path_of(output, name), n_bytes) for name, n_bytes in pairs]
+
+
 def load(output: str) -> Mapping[str, Any] | None:
     """Return the provenance of `output` if there is one and it still tells the truth."""
     paths = (path_for(output), _staged_for(output))  # staged by a process killed just before

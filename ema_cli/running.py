@@ -12,6 +12,7 @@ from typing import Any
 
 from ema_cli import engine, files, flaws, provenance, record
 from ema_cli import plan as planning
+from ema_cli.announcing import announce
 from ema_cli.blueprint import Layout
 from ema_cli.destination import check_destination, repair
 from ema_cli.engine import Progress
@@ -105,6 +106,9 @@ def run_plan(
         notes = _write(rest, documents, overwrite, executor, on_event)
     elif not all(same):
         notes = _write(plan, documents, overwrite, executor, on_event)
+    for outcome, done in zip(plan.outcomes, same, strict=True):
+        if done:  # also by a process that was killed before it said so
+            notes.extend(announce(outcome.layout))
     outputs = tuple(
         Written(o.layout.path, "unchanged" if done else "written", o.layout.nbytes)
         for o, done in zip(plan.outcomes, same, strict=True)
@@ -197,7 +201,8 @@ def produce(
         for one, finished, (document, digest) in zip(made, sealed_files, documents, strict=True):
             sealed = record.sealed(document, digest, one.fingerprint(), finished)
             one.publish(sealed)
-        return [note for one in made for note in one.notes]
+        notes = [note for one in made for note in one.notes]
+        return notes + [note for layout in layouts for note in announce(layout)]
 
 
 @contextlib.contextmanager
