@@ -315,7 +315,7 @@ def rename(
     check_destination(layout, plan.inputs, overwrite=overwrite)
     if dry_run:
         return renamed
-    document = renaming.describe(layout, plan.run.checkpoints[0], renamed)
+    document = renaming.document(layout, plan.run.checkpoints[0], renamed)
     produce(plan, [layout], [(document, "")], executor, overwrite=overwrite)
     return renamed
 

@@ -7,6 +7,7 @@ that somebody truncates kills the process with SIGBUS, a short read is an error 
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import resource
 import stat
@@ -30,6 +31,15 @@ _KINDS = (
     (stat.S_ISBLK, "a block device"),
     (stat.S_ISSOCK, "a socket"),
 )
+
+
+def page_buffer(n_bytes: int) -> memoryview:
+    """Return a new buffer that begins on a page.
+
+    Copying out of the page cache took two to six times as long into one that begins 16 bytes after
+    a page, as most allocations of this size do, where the data in the file begins on one.
+    """
+    return memoryview(mmap.mmap(-1, max(n_bytes, 1)))[:n_bytes]
 
 
 def open_input(path: str) -> int:

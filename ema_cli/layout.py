@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ema_cli import naming, schedules
 from ema_cli.blueprint import AVERAGE, BIASED, COPY, LOCAL_STEP, Draft, Entry, File, Layout
 from ema_cli.errors import UsageError
-from ema_cli.formats import FORMATS, foreign, sharded
+from ema_cli.formats import FORMATS, foreign, sharded, tensorflow
 from ema_cli.naming import role_in, shadow_of
 from ema_cli.selection import Selection
 from ema_cli.tensors import DTYPES, Checkpoint, DType, Index, Role, Tensor, numpy_dtype
@@ -90,11 +90,25 @@ def output_names(wishes: Wishes, chosen: str, last: Index) -> str:
 
 
 def output_path(path: str, chosen: str, step: int | None) -> str:
-    """Return the path of an output: a directory of prefixes gets one that tells the step."""
+    """Return the path of an output: a directory of prefixes gets one that tells the step.
+
+    Raises `UsageError` for what would be found as something else.
+    """
     row = FORMATS[chosen]
-    if path.endswith("/") and row.kind == "prefix":
+    if row.kind != "prefix" or not path:
+        return path
+    if path.endswith("/"):
         return f"{path}{row.stem}-{step or 0}"
-    return path.removesuffix(row.suffix) if row.kind == "prefix" else path
+    prefix = path.removesuffix(row.suffix)
+    taken = [f.suffix for f in FORMATS.values() if f.suffix and prefix.endswith(f.suffix)]
+    stem = tensorflow.stem_of(os.path.basename(prefix))
+    if os.path.basename(prefix) in ("", ".", "..") or taken or stem is not None:
+        raise UsageError(
+            f"-o {shorten(path)}: expected the prefix of a {row.title}",
+            f"-o {os.path.join(os.path.dirname(path) or '.', '')}, or a name such as "
+            f"{row.stem}-{step or 0}",
+        )
+    return prefix
 
 
 def _is_template(wishes: Wishes, chosen: str, names: str, last: Checkpoint, s: Selection) -> bool:
@@ -105,9 +119,18 @@ def _is_template(wishes: Wishes, chosen: str, names: str, last: Checkpoint, s: S
         and not wishes.rules
         and unchanged_dtype
         and wishes.max_shard_size is None
-        and all(naming.variable_of(t.name, wishes.name) for t in s.replaced)
+        and not _tied(last.index, s)
         and (wishes.optimizer != "drop" or not s.optimizer)
     )
+
+
+def _tied(index: Index, selection: Selection) -> bool:
+    """Whether bytes have two names of which one is averaged and the other is not."""
+    if len(index.ordinals) == len(index.extents):
+        return False
+    averaged = {tensor.name for tensor in (*selection.averaged, *selection.replaced)}
+    mixed = {e for t in index.tensors if t.name in averaged for e in t.extents if e.nbytes}
+    return any(e in mixed for t in index.tensors if t.name not in averaged for e in t.extents)
 
 
 def lay_out(
@@ -129,7 +152,8 @@ def lay_out(
     keep_optimizer = wishes.optimizer == "keep" or (wishes.optimizer == "auto" and template)
     entries = _entries(selection, wishes, names, last.index, keep_optimizer, updates is not None)
     if template:  # whose shadows become the average too, so that whoever restores them gets it
-        entries += [_shadow_entry(tensor, wishes.name) for tensor in selection.replaced]
+        by_name = last.index.by_name
+        entries += [_kept_shadow(tensor, wishes.name, by_name) for tensor in selection.replaced]
     left_out = (
         [] if template else [(t.name, "replaced by this average") for t in selection.replaced]
     )
@@ -159,8 +183,10 @@ def _draft(
     entries: Sequence[Entry], last: Checkpoint, chosen: str, template: bool, wishes: Wishes
 ) -> Draft:
     row = FORMATS[chosen]
+    if template:
+        return row.template(last)
     naming.check_distinct(((entry.name, entry.source) for entry in entries), row.can_name)
-    return row.template(last) if template else row.fresh(entries, last, wishes.max_shard_size)
+    return row.fresh(entries, last, wishes.max_shard_size)
 
 
 def lay_out_entries(
@@ -219,8 +245,10 @@ def _entries(
 ) -> list[Entry]:
     rules = naming.compile_rules(wishes.rules)
     made: list[Entry] = []
+    scoped = _scoped(selection, index, wishes.name)
     for tensor in selection.averaged:
-        made.extend(_averaged(tensor, wishes, names, index, debiased))
+        shadows = [shadow_of(tensor.name, wishes.name), *scoped.get(tensor.name, ())]
+        made.extend(_averaged(tensor, wishes, names, index, shadows, debiased))
     copied = {choice.tensor.name: choice.tensor for choice in selection.copied}
     for name, tensor in copied.items():
         made.append(_entry(name, tensor, COPY))
@@ -235,25 +263,40 @@ def _entries(
 
 
 def _averaged(
-    tensor: Tensor, wishes: Wishes, names: str, index: Index, debiased: bool
+    tensor: Tensor, wishes: Wishes, names: str, index: Index, shadows: Sequence[str], debiased: bool
 ) -> Iterator[Entry]:
-    """Yield what an output holds of an averaged tensor."""
+    """Yield what an output holds of an averaged tensor, whose shadow has these names."""
     dtype = DTYPES[wishes.dtype] if wishes.dtype else tensor.dtype
-    shadow = shadow_of(tensor.name, wishes.name)
     statistics = role_in(index, tensor.name, wishes.name) is Role.STATISTICS
     if names == "variable" or statistics:
         yield _entry(tensor.name, tensor, AVERAGE, dtype)
     elif wishes.keep_variables:
         yield _entry(tensor.name, tensor, COPY)
-    if names == "shadow":
+    for shadow in shadows if names == "shadow" else ():
         yield _entry(shadow, tensor, AVERAGE, dtype)
         if debiased:
             yield _entry(f"{shadow}/biased", tensor, BIASED, dtype)
             yield Entry(f"{shadow}/local_step", dtype, (), LOCAL_STEP, tensor.name)
 
 
-def _shadow_entry(shadow: Tensor, name: str) -> Entry:
-    variable = naming.variable_of(shadow.name, name) or ""
+def _scoped(selection: Selection, index: Index, name: str) -> dict[str, list[str]]:
+    """Return for each variable the names that training gave its shadow within a scope.
+
+    An evaluation that builds its average in that scope asks for them.
+    """
+    scoped: dict[str, list[str]] = {}
+    for shadow in selection.replaced:
+        variable = naming.variable_behind(shadow, name, index.by_name)
+        if variable is not None and shadow.name != shadow_of(variable, name):
+            scoped.setdefault(variable, []).append(shadow.name)
+    return scoped
+
+
+def _kept_shadow(shadow: Tensor, name: str, saved: Mapping[str, Tensor]) -> Entry:
+    """Return what a template makes of a shadow: the average, if it is one of its variable."""
+    variable = naming.variable_behind(shadow, name, saved)
+    if variable is None or saved[variable].shape != shadow.shape or not shadow.dtype.averaged:
+        return _entry(shadow.name, shadow, COPY)
     return _entry(shadow.name, shadow, AVERAGE)._replace(source=variable)
 
 

@@ -62,7 +62,7 @@ def variable_behind(shadow: Tensor, name: str, saved: Mapping[str, Tensor]) -> s
     inner = variable
     while "/" in inner:
         inner = inner.partition("/")[2]
-        if inner in saved and saved[inner].shape == shadow.shape:
+        if inner in saved and saved[inner].shape == shadow.shape and shadow.dtype.bits:
             return inner
     return variable
 

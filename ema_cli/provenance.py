@@ -16,7 +16,7 @@ import numpy as np
 from ema_cli import durable
 from ema_cli.checksums import crc32c, shift_all
 from ema_cli.errors import EmaError, storage_errors
-from ema_cli.files import open_input, read_exact, read_small
+from ema_cli.files import open_input, page_buffer, read_exact, read_small
 
 SUFFIX = ".ema.json"
 SCHEMA = 1
@@ -94,7 +94,7 @@ def cuts(n_bytes: int, extents: Iterable[tuple[int, int]] = ()) -> list[list[int
 
 def checksums(path: str, ends: Sequence[int]) -> list[int]:
     """Return the CRC-32C of each stretch of a file between neighbouring `ends`, read in blocks."""
-    buffer = memoryview(bytearray(min(_BLOCK, ends[-1] - ends[0])))
+    buffer = page_buffer(min(_BLOCK, ends[-1] - ends[0]))
     found = []
     fd = open_input(path)
     try:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ema_cli import regions
 from ema_cli.blueprint import AVERAGE, BIASED, COPY, Layout
 from ema_cli.files import stamp_of
-from ema_cli.regions import Grid
+from ema_cli.regions import Grid, Regions
 from ema_cli.tensors import DTYPES, Checkpoint, Index, Stamp, Tensor, swap_width
 
 
@@ -168,19 +168,21 @@ def _sliced(
 ) -> Iterator[Range]:
     """Yield one range for each box that the stored tensors and the outputs have in common."""
     width = tensor.dtype.bits // 8
+    sources = [Regions(t, width) for t in stored]
+    made_of = [Regions(made, made.dtype.bits // 8) for *_, made in asked]
     for box in regions.common_boxes([*stored, *(made for *_, made in asked)]):
         targets: list[list[Target]] = [[] for _ in range(schedules)]
-        for schedule, destination, part, made in asked:
-            to = regions.region(made, box, made.dtype.bits // 8)
+        for (schedule, destination, part, made), where in zip(asked, made_of, strict=True):
+            to = where.find(box)
             file = destination.first_file + to.extent.file
             form = _form(destination, made)
             targets[schedule].append(Target(file, to.offset, part, *form, to.grid))
-        places = tuple(_place(t, box, width) for t in stored)
+        places = tuple(_place(where.find(box)) for where in sources)
         yield Range(tensor.dtype.name, box.elements, places, tuple(map(tuple, targets)), group)
 
 
-def _place(tensor: Tensor, box: regions.Box, width: int) -> Place:
-    extent, offset, grid = regions.region(tensor, box, width)
+def _place(region: regions.Region) -> Place:
+    extent, offset, grid = region
     return Place(extent.file, offset, grid, (extent.offset, extent.offset + extent.nbytes))
 
 
@@ -250,13 +252,15 @@ def _copies(
     swaps = [_copy_swap(index, destination, tensor) for _, destination, _, _ in asked]
     sliced = tensor.slices or any(made.slices for *_, made in asked)
     width = max(tensor.dtype.bits // 8, 1)
+    made_of = [Regions(made, width) for *_, made in asked]
+    source = Regions(tensor, width)
     for box in regions.common_boxes([tensor, *(t for *_, t in asked)]) if sliced else [None]:
         targets = []
-        for (_, destination, _, made), swap in zip(asked, swaps, strict=True):
-            extent, offset, grid = _bytes_of(made, box, width)
+        for (_, destination, _, made), swap, to in zip(asked, swaps, made_of, strict=True):
+            extent, offset, grid = _bytes_of(made, to, box, width)
             file = destination.first_file + extent.file
             targets.append(Target(file, offset, COPY, COPY, swap, grid))
-        extent, offset, grid = _bytes_of(tensor, box, width)
+        extent, offset, grid = _bytes_of(tensor, source, box, width)
         unit = (extent.offset, extent.offset + extent.nbytes) if sliced else None
         n_bytes = extent.nbytes if box is None else box.elements * width
         place = Place(first_input + extent.file, offset, grid, unit)
@@ -268,11 +272,13 @@ def _copy_swap(index: Index, destination: Destination, tensor: Tensor) -> int:
     return swap_width(tensor.dtype.name) if differs else 0
 
 
-def _bytes_of(tensor: Tensor, box: regions.Box | None, width: int) -> regions.Region:
+def _bytes_of(
+    tensor: Tensor, where: Regions, box: regions.Box | None, width: int
+) -> regions.Region:
     """Return where a box, or the whole tensor, lies, with rows counted in bytes."""
     if box is None:
         return regions.Region(tensor.extent, tensor.extent.offset, None)
-    extent, offset, grid = regions.region(tensor, box, width)
+    extent, offset, grid = where.find(box)
     return regions.Region(extent, offset, grid and grid._replace(run=grid.run * width))
 
 

@@ -93,18 +93,32 @@ def _intersection(a: Box, b: Box) -> Box | None:
     return None if any(n <= 0 for n in lengths) else Box(starts, lengths)
 
 
-def region(tensor: Tensor, box: Box, width: int) -> Region:
-    """Return where `box` lies in the stored bytes of `tensor`, whose elements have `width` bytes.
+class Regions:
+    """Finds boxes in the stored bytes of a tensor; many of them are stored just so.
 
-    `box` lies inside one stored piece, as those of `common_boxes` do.
+    Args:
+        tensor: where to look.
+        width: bytes of an element.
     """
-    for stored, extent in stored_boxes(tensor):
-        if _inside(box, stored):
-            strides = _strides(stored.lengths, width)
-            skipped = zip(box.starts, stored.starts, strides, strict=True)
-            offset = extent.offset + sum((b - s) * stride for b, s, stride in skipped)
-            return Region(extent, offset, _grid(box.lengths, stored.lengths, strides))
-    raise ValueError(f"{box} is no part of a piece of {tensor.name}")
+
+    def __init__(self, tensor: Tensor, width: int) -> None:
+        self._tensor = tensor
+        self._width = width
+        self._stored = stored_boxes(tensor)
+        self._exact = dict(self._stored)
+
+    def find(self, box: Box) -> Region:
+        """Return where a box lies that is inside one stored piece, as `common_boxes` are."""
+        extent = self._exact.get(box)
+        if extent is not None:
+            return Region(extent, extent.offset, None)
+        for stored, extent in self._stored:
+            if _inside(box, stored):
+                strides = _strides(stored.lengths, self._width)
+                skipped = zip(box.starts, stored.starts, strides, strict=True)
+                offset = extent.offset + sum((b - s) * stride for b, s, stride in skipped)
+                return Region(extent, offset, _grid(box.lengths, stored.lengths, strides))
+        raise ValueError(f"{box} is no part of a piece of {self._tensor.name}")
 
 
 def _inside(box: Box, stored: Box) -> bool:

@@ -10,13 +10,12 @@ from ema_cli import machine, naming, provenance, ranges
 from ema_cli.blueprint import COPY, Entry, Layout
 from ema_cli.durable import free_bytes
 from ema_cli.errors import Disagreement
-from ema_cli.formats import read
 from ema_cli.layout import Wishes, lay_out_entries
 from ema_cli.naming import role_in, role_of, shadow_of, variable_behind
 from ema_cli.plan import BASE_BYTES, Costs, Plan, Request
 from ema_cli.ranges import Destination
-from ema_cli.runs import Run
-from ema_cli.tensors import Checkpoint, Role, Tensor
+from ema_cli.runs import Run, find_one
+from ema_cli.tensors import Checkpoint, Role, Tensor, describe
 from ema_cli.text import command, shorten
 
 TOWARDS = ("shadow", "variable")
@@ -44,7 +43,7 @@ class Renamed:
 def make(request: Request, towards: str | None) -> tuple[Plan, Layout, Renamed]:
     """Return the plan of a renamed copy, its layout, and what it renames."""
     wishes, path = request.wishes, request.output or ""
-    checkpoint = read(request.paths[0], {})
+    checkpoint = find_one(request.paths[0])
     if towards == "variable":
         entries, replaced, left_out = _towards_variable(checkpoint, wishes)
     elif towards == "shadow":
@@ -59,7 +58,9 @@ def make(request: Request, towards: str | None) -> tuple[Plan, Layout, Renamed]:
     )
     if not changed and layout.format == checkpoint.index.format:
         raise _nothing(request, checkpoint, towards)
-    renamed = Renamed(path, changed, tuple(replaced), tuple(left_out), len(entries) - len(changed))
+    renamed = Renamed(
+        layout.path, changed, tuple(replaced), tuple(left_out), len(entries) - len(changed)
+    )
     return _plan(request, checkpoint, layout), layout, renamed
 
 
@@ -92,18 +93,12 @@ def _towards_variable(
 ) -> tuple[list[Entry], list[str], list[str]]:
     """A shadow takes its variable's name and place."""
     by_name = checkpoint.index.by_name
-    shadows = {
-        variable: tensor
-        for tensor in checkpoint.index.tensors
-        if (variable := variable_behind(tensor, wishes.name, by_name))
-    }
-    for variable, shadow in shadows.items():
-        mine = by_name.get(variable)
-        if mine is not None and mine.shape != shadow.shape:
-            raise Disagreement(
-                f"shadow '{shorten(shadow.name)}' has shape {list(shadow.shape)}, "
-                f"its variable {list(mine.shape)}"
-            )
+    shadows: dict[str, Tensor] = {}
+    for tensor in checkpoint.index.tensors:
+        variable = variable_behind(tensor, wishes.name, by_name)
+        if variable:
+            _check_shadow(tensor, variable, by_name.get(variable), shadows.get(variable))
+            shadows[variable] = tensor
     entries = [_kept(t)._replace(name=v) for v, t in shadows.items()]
     replaced, left_out = [], []
     for tensor in checkpoint.index.tensors:
@@ -118,6 +113,21 @@ def _towards_variable(
     return entries, replaced, left_out
 
 
+def _check_shadow(shadow: Tensor, variable: str, mine: Tensor | None, other: Tensor | None) -> None:
+    """Raise `Disagreement` unless `shadow` can take the place of its variable."""
+    if other is not None:
+        raise Disagreement(
+            f"two tensors would be called '{shorten(variable)}': '{shorten(other.name)}' and "
+            f"'{shorten(shadow.name)}'",
+            "say which with --rule PATTERN REPL instead of --names variable",
+        )
+    if mine is not None and (mine.dtype, mine.shape) != (shadow.dtype, shadow.shape):
+        raise Disagreement(
+            f"shadow '{shorten(shadow.name)}' is {describe(shadow.dtype, shadow.shape)}, its "
+            f"variable {describe(mine.dtype, mine.shape)}: no restore would take it",
+        )
+
+
 def _towards_shadow(checkpoint: Checkpoint, wishes: Wishes) -> list[Entry]:
     """What a run would average gets its shadow's name; statistics keep their own beside it."""
     entries = []
@@ -127,6 +137,9 @@ def _towards_shadow(checkpoint: Checkpoint, wishes: Wishes) -> list[Entry]:
             entries.append(_kept(tensor)._replace(name=shadow_of(tensor.name, wishes.name)))
             if role is Role.VARIABLE:
                 continue
+        elif checkpoint.index.roles.get(tensor.name) is Role.VARIABLE:
+            # A restore asks for the shadow of every trainable variable, an integer's too.
+            entries.append(_kept(tensor)._replace(name=shadow_of(tensor.name, wishes.name)))
         entries.append(_kept(tensor))
     return entries
 
@@ -146,7 +159,7 @@ def _plan(request: Request, checkpoint: Checkpoint, layout: Layout) -> Plan:
     return Plan(request, run, (), (), tuple(inputs), (0,), (0,), (), tuple(copies), costs)
 
 
-def describe(layout: Layout, checkpoint: Checkpoint, renamed: Renamed) -> dict[str, Any]:
+def document(layout: Layout, checkpoint: Checkpoint, renamed: Renamed) -> dict[str, Any]:
     """Return the provenance of a renamed copy, without its checksums."""
     return {
         "schema": provenance.SCHEMA,

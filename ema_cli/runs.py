@@ -163,9 +163,14 @@ def _candidates(
 ) -> tuple[list[str], list[PassedOver]]:
     if choice.glob is None:
         return list(entries), []
+    import fnmatch
     import glob as globbing  # only with --glob
 
     matched = sorted(globbing.glob(choice.glob, root_dir=root))
+    for name in entries:  # the name of a TensorFlow checkpoint is none of its files'
+        stem = tensorflow.stem_of(name)
+        if stem is not None and name not in matched and fnmatch.fnmatchcase(stem, choice.glob):
+            matched.append(name)
     firsts = {tensorflow.stem_of(name) or name for name in (m.split("/", 1)[0] for m in matched)}
     skipped = {tensorflow.stem_of(name) or name for name in entries} - firsts
     return matched, [
@@ -184,7 +189,7 @@ def _grouped(root: str, names: Sequence[str]) -> tuple[list[str], list[PassedOve
         stem = tensorflow.stem_of(name)
         path = os.path.join(root, name)
         if os.path.isdir(path) or os.path.basename(name).startswith("."):
-            grouped[name] = None
+            grouped[name] = None  # also in the place of a prefix of this name
         elif os.path.basename(name) == tensorflow.STATE_FILE:
             parts[name] = PassedOver(path, "TensorFlow's state file")
         elif stem is None:
@@ -211,7 +216,9 @@ def _is_prefix(path: str) -> bool:
 
 def _reason_by_place(path: str, flat: bool) -> PassedOver | None:
     """A folder of TensorFlow checkpoints is no checkpoint of the run around it."""
-    if not os.path.isdir(path) or tensorflow.saved_model_in(path) is not None:
+    if not os.path.isdir(path) or _is_prefix(path):
+        return None
+    if tensorflow.saved_model_in(path) is not None:
         return None
     inside = len(tensorflow.prefixes(path))
     if inside > 1 or (inside and flat):
@@ -280,7 +287,7 @@ def _foreign(path: str) -> PassedOver:
         if known is None:
             return PassedOver(path, "a folder without weights", unusable=_promising(path))
     if tensorflow.is_v1(path):
-        return PassedOver(path, "a checkpoint in TensorFlow's old V1 format: not read")
+        return PassedOver(path, tensorflow.V1)
     known = foreign.recognise(path)
     reason = f"{known.title}: not read by this version" if known else "not a checkpoint"
     return PassedOver(path, reason)
@@ -377,7 +384,7 @@ def _ordered(run: Run, choice: Choice, *, explicit: bool) -> Run:
         checkpoints = tuple(sorted(checkpoints, key=lambda c: c.step or 0))
         if explicit and checkpoints != run.checkpoints:
             notes.append("sorted by step, which is not the given order (--order given keeps it)")
-    return dataclasses.replace(run, checkpoints=checkpoints, notes=tuple(notes))
+    return dataclasses.replace(run, checkpoints=checkpoints, notes=tuple(dict.fromkeys(notes)))
 
 
 def _check_steps(checkpoints: Sequence[Checkpoint]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ema_cli.errors import Disagreement, NothingToAverage, UnsupportedInput
-from ema_cli.naming import Rule, check_rules, role_in, ruling
+from ema_cli.naming import Rule, check_rules, role_in, ruling, variable_behind
 from ema_cli.tensors import Checkpoint, DType, Index, Role, Tensor, describe
 from ema_cli.text import near_misses, shorten
 
@@ -65,7 +65,7 @@ def select(
     """
     _refuse_named(rules, index)
     choices = [_choose(index, tensor, rules, statistics, name) for tensor in index.tensors]
-    choices = _replace_shadows(choices, name)
+    choices = _replace_shadows(choices, index, name)
     _refuse_quantized(choices, index, where)
 
     def taken(action: str) -> tuple[Tensor, ...]:
@@ -86,20 +86,21 @@ def check_rules_of(rules: Sequence[Rule], indexes: Iterable[Index]) -> None:
         check_rules(rules, {name for index in indexes for name in index.by_name})
 
 
-def _replace_shadows(choices: list[Choice], name: str) -> list[Choice]:
+def _replace_shadows(choices: list[Choice], index: Index, name: str) -> list[Choice]:
     """Our own shadows of averaged variables are replaced, whatever a wildcard says of them.
 
-    That of a variable which is not averaged stays what the training program made it.
+    That of a variable which is not averaged stays what it was.
     """
     averaged = {choice.tensor.name for choice in choices if choice.action == AVERAGED}
-    own = re.compile(rf"(.+)/{re.escape(name)}(?:/biased|/local_step)?", re.DOTALL)
 
     def replaced(choice: Choice) -> Choice:
-        match = own.fullmatch(choice.tensor.name)
-        if match is not None and match[1] in averaged:
-            return Choice(choice.tensor, REPLACED, "replaced by this average")
+        tensor = choice.tensor
+        base = tensor.name.removesuffix("/biased").removesuffix("/local_step")
+        variable = variable_behind(tensor._replace(name=base), name, index.by_name)
+        if variable in averaged:
+            return Choice(tensor, REPLACED, "replaced by this average")
         if choice.action == REPLACED:
-            return Choice(choice.tensor, COPIED, "its variable is not averaged")
+            return Choice(tensor, COPIED, "its variable is not averaged")
         return choice
 
     return [replaced(choice) for choice in choices]

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ema_cli.errors import InputError, UsageError
+from ema_cli.checksums import crc32c
+from ema_cli.errors import DamagedFile, InputError, UsageError
 from ema_cli.files import open_input, read_exact, read_small
 from ema_cli.naming import STEP_NAMES, VALUE_SUFFIX
 from ema_cli.tensors import Checkpoint, Tensor, numpy_dtype
@@ -102,12 +103,7 @@ def stored_step(checkpoint: Checkpoint) -> Step | None:
     """
     for name in STORED_NAMES:
         tensor = checkpoint.index.by_name.get(name)
-        if (
-            tensor is not None
-            and tensor.elements == 1
-            and tensor.dtype.bits >= 8
-            and not tensor.slices
-        ):
+        if tensor is not None:
             value = _scalar(checkpoint, tensor)
             if value is not None:
                 return Step(value, f"tensor {name}")
@@ -118,11 +114,16 @@ def stored_step(checkpoint: Checkpoint) -> Step | None:
 def save_counter(checkpoint: Checkpoint) -> int | None:
     """Return how often tf.train.Checkpoint had saved by then: the number in its names."""
     tensor = checkpoint.index.by_name.get(f"save_counter{VALUE_SUFFIX}")
-    return _scalar(checkpoint, tensor) if tensor is not None and tensor.elements == 1 else None
+    return None if tensor is None else _scalar(checkpoint, tensor)
 
 
 def _scalar(checkpoint: Checkpoint, tensor: Tensor) -> int | None:
-    """Return the non-negative integer stored in a one-element tensor, or None."""
+    """Return the non-negative integer stored in a one-element tensor, or None.
+
+    Its bytes are held against their checksum here: it decides what the weights are.
+    """
+    if tensor.elements != 1 or tensor.dtype.bits < 8 or tensor.slices:
+        return None
     stamp = checkpoint.files[tensor.extent.file]
     raw = bytearray(tensor.extent.nbytes)
     fd = open_input(stamp.path)
@@ -130,6 +131,11 @@ def _scalar(checkpoint: Checkpoint, tensor: Tensor) -> int | None:
         read_exact(fd, memoryview(raw), tensor.extent.offset, stamp.path)
     finally:
         os.close(fd)
+    if checkpoint.checksums is not None:
+        expected = int(checkpoint.checksums[checkpoint.index.ordinals[tensor.extent]])
+        if (found := crc32c(raw)) != expected:
+            reason = f"expected bytes with checksum {expected:08x}, found {found:08x}"
+            raise DamagedFile(stamp.path, reason, tensor.name)
     if checkpoint.index.big_endian:
         raw.reverse()
     value = np.frombuffer(raw, numpy_dtype(tensor.dtype.name))[0]

@@ -15,7 +15,7 @@ import numpy as np
 
 from ema_cli.checksums import Running, shift_all
 from ema_cli.errors import DamagedFile, EmaError, InputChanged
-from ema_cli.files import open_input, read_exact
+from ema_cli.files import open_input, page_buffer, read_exact
 from ema_cli.formats import FORMATS
 from ema_cli.plan import Plan
 from ema_cli.tasks import Part, Unit
@@ -178,7 +178,7 @@ def check_sums(
 def _read_checksum(path: str, extent: Extent) -> int:
     running = Running()
     _, offset, n_bytes = extent
-    buffer = memoryview(bytearray(min(_BLOCK, n_bytes)))
+    buffer = page_buffer(min(_BLOCK, n_bytes))
     fd = open_input(path)
     try:
         for start in range(0, n_bytes, _BLOCK):

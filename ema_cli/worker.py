@@ -14,7 +14,7 @@ from ema_cli.blueprint import BIASED, COPY
 from ema_cli.checksums import Running
 from ema_cli.durable import start_writing, write_exact
 from ema_cli.errors import storage_errors
-from ema_cli.files import Handles, open_unchanged, read_exact
+from ema_cli.files import Handles, open_unchanged, page_buffer, read_exact
 from ema_cli.ranges import Target
 from ema_cli.regions import stretches
 from ema_cli.tasks import Accumulator, Done, Flaw, Part, Piece, Source, Task, Unit
@@ -64,7 +64,7 @@ class _Work:
         source, targets = piece.sources[0], piece.accumulators[0].targets
         if source.unit is None and len(targets) == 1 and self._clone(piece, source, targets[0]):
             return piece.elements, piece.elements, None
-        buffer = np.empty(min(COPY_BLOCK, piece.elements), np.uint8)
+        buffer = _reused("copy", np.dtype(np.uint8), min(COPY_BLOCK, piece.elements))
         running = Running()
         written = 0
         for start in range(0, piece.elements, COPY_BLOCK):
@@ -201,7 +201,7 @@ def _reused(purpose: str, dtype: NumpyDType, elements: int) -> kernel.Array:
     n_bytes = elements * dtype.itemsize
     kept: kernel.Array | None = getattr(_KEPT, purpose, None)
     if kept is None or len(kept) < n_bytes:
-        kept = np.empty(n_bytes, np.uint8)
+        kept = np.frombuffer(page_buffer(n_bytes), np.uint8)
         setattr(_KEPT, purpose, kept)
     return kept[:n_bytes].view(dtype)
 

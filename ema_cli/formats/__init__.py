@@ -106,7 +106,8 @@ def detect(path: str) -> str | None:
     if os.path.isdir(path):
         if sharded.is_checkpoint(path):
             return sharded.NAME
-        return tensorflow.NAME if tensorflow.prefix_in(path) else None
+        found = tensorflow.prefix_in(path) or tensorflow.prefix_of(path)
+        return tensorflow.NAME if found else None
     if path.endswith(sharded.INDEX_SUFFIX):
         return sharded.NAME
     if path.endswith(safetensors.SUFFIX):
@@ -152,6 +153,13 @@ def _unreadable(path: str) -> InputError:
     if known is not None:
         return foreign.unread(path, known)
     if os.path.isdir(path):
+        several = [os.path.basename(prefix) for prefix in tensorflow.prefixes(path)]
+        if several:
+            return InputError(
+                f"{shown}: expected one checkpoint, found {len(several)}: "
+                f"{', '.join(shorten(name) for name in several[:3])} …",
+                "name one of them",
+            )
         _, weights = sharded.contents(path)
         found = f"{len(weights)} and no index" if weights else "none"
         return InputError(

@@ -5,7 +5,7 @@ checksum of each tensor in ``PREFIX.data-?????-of-?????``. Source: tensor_bundle
 tensor_bundle.cc of TensorFlow.
 """
 
-from ema_cli.formats.tensorflow.bundle import NAME, read
+from ema_cli.formats.tensorflow.bundle import read
 from ema_cli.formats.tensorflow.drafting import (
     can_name,
     fresh,
@@ -18,9 +18,11 @@ from ema_cli.formats.tensorflow.opaque import opaque_checksums
 from ema_cli.formats.tensorflow.places import (
     IN_SAVED_MODEL,
     META_SUFFIX,
+    NAME,
     STATE_FILE,
     STEM,
     SUFFIX,
+    V1,
     files_of,
     is_v1,
     prefix_in,
@@ -39,6 +41,7 @@ __all__ = [
     "STATE_FILE",
     "STEM",
     "SUFFIX",
+    "V1",
     "can_name",
     "files_of",
     "fresh",

@@ -20,13 +20,13 @@ from ema_cli.files import open_input, read_exact, stamp, stamp_of
 from ema_cli.formats.known import Known
 from ema_cli.formats.tensorflow import entries, ordered, places, roles, table
 from ema_cli.formats.tensorflow.entries import DTYPE_NAMES, Entry, Header
+from ema_cli.formats.tensorflow.places import NAME
 from ema_cli.formats.tensorflow.wire import Malformed, damaged
 from ema_cli.tensors import DTYPES, NO_FILE, Checkpoint, DType, Extent, Index, Slice, Stamp, Tensor
 from ema_cli.text import shorten, size
 
-NAME = "tensorflow"
-
 INDEX_LIMIT = 1 << 30
+TENSOR_LIMIT = 1_000_000
 # Slices of one tensor; checking that they are disjoint takes time with their square.
 SLICE_LIMIT = 4096
 _TRAILER_BYTES = 5
@@ -71,7 +71,8 @@ def read(path: str, known: Known) -> Checkpoint:
 
     Raises `DamagedFile` for each broken invariant, `InputError` for what is missing.
     """
-    prefix = places.prefix_in(path) if os.path.isdir(path) else places.prefix_of(path)
+    inside = places.prefix_in(path) if os.path.isdir(path) else None
+    prefix = inside or places.prefix_of(path)
     if prefix is None:
         raise InputError(f"{shorten(path, 1000)}: no TensorFlow checkpoint is called so")
     index_path = prefix + places.SUFFIX
@@ -99,6 +100,8 @@ def _read_index(path: str) -> tuple[Stamp, bytearray]:
             raise DamagedFile(
                 path, f"expected an index of at most {size(INDEX_LIMIT)}, found {size(file.size)}"
             )
+        if file.size >= table.FOOTER_BYTES and not places.ends_as_table(path):
+            raise DamagedFile(path, "expected the magic number of a table at its end")
         raw = bytearray(file.size)
         read_exact(fd, memoryview(raw), 0, path)
         return file, raw
@@ -154,6 +157,8 @@ def _parse(path: str, raw: bytearray, mine: Bytes) -> Index:
         except Malformed as error:
             raise DamagedFile(path, str(error), _text(key)) from None
         found = Found(entry, offset + at if at >= 0 and offset >= 0 else -1)
+        if len(plain) + len(pieces) >= TENSOR_LIMIT:
+            raise Malformed(f"expected at most {TENSOR_LIMIT:,} entries, found more")
         slice_key = ordered.parse_slice_key(key) if key[:1] == b"\0" else None
         if slice_key is not None:
             pieces[slice_key] = found
@@ -295,6 +300,11 @@ def _partitioned(
         used.add((key, extents))
         slices.append(_slice(entry, extents, piece.entry, header))
         stored.append(piece)
+    if len(set(entry.slices)) < len(slices):
+        raise Malformed("one of its slices overlaps itself: it stands twice")
+    filled = [piece.extent for piece in slices if piece.extent.nbytes]
+    if len(set(filled)) < len(filled):
+        raise Malformed("two of its slices overlap: they share their bytes")
     elements = math.prod(entry.shape)
     covered = sum(math.prod(s.lengths) for s in slices)
     if covered != elements:
@@ -325,12 +335,15 @@ def _slice(whole: Entry, extents: Sequence[tuple[int, int]], piece: Entry, heade
 
 
 def _check_disjoint(slices: Sequence[Slice]) -> None:
-    """Refuse slices that share an element: swept along the first dimension."""
-    boxes = [s for s in sorted(slices, key=lambda s: s.starts) if math.prod(s.lengths)]
+    """Refuse slices that share an element: swept along the dimension that is cut most often."""
+    boxes = [piece for piece in slices if math.prod(piece.lengths)]
+    rank = len(boxes[0].starts) if boxes else 0
+    axis = max(range(rank), key=lambda k: len({box.starts[k] for box in boxes}), default=None)
+    if axis is None:
+        return  # a scalar, or nothing: the sum of the elements tells
     active: list[Slice] = []
-    for box in boxes:
-        if box.starts:
-            active = [a for a in active if a.starts[0] + a.lengths[0] > box.starts[0]]
+    for box in sorted(boxes, key=lambda box: box.starts[axis]):
+        active = [a for a in active if a.starts[axis] + a.lengths[axis] > box.starts[axis]]
         for other in active:
             if _share(box, other):
                 raise Malformed(

@@ -78,7 +78,7 @@ def fresh(wanted: Sequence[Entry], last: Checkpoint, limit: int | None) -> Draft
             n_bytes = entry.nbytes if entry.dtype.bits else source.extent.nbytes
             placed[entry.name] = Tensor(*entry[:3], Extent(0, end, n_bytes))
             end += n_bytes
-    header = Header(1, last.index.format == bundle.NAME and last.index.big_endian)
+    header = Header(1, last.index.format == places.NAME and last.index.big_endian)
     index = _index_file(_index(placed, header))
     return Draft([File(places.data_suffix(0, 1), end), index], placed)
 

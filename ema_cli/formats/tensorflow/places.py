@@ -18,6 +18,7 @@ from ema_cli.formats.tensorflow.spans import Read
 from ema_cli.formats.tensorflow.wire import Malformed
 from ema_cli.text import shorten
 
+NAME = "tensorflow"
 SUFFIX = ".index"
 META_SUFFIX = ".meta"
 STATE_FILE = "checkpoint"
@@ -27,10 +28,9 @@ IN_SAVED_MODEL = os.path.join(os.sep, "variables", "variables")
 STEM = "model.ckpt"
 
 _STATE_LIMIT = 16 << 20
+V1 = "a checkpoint in TensorFlow's old V1 format, which is not read: save it again as V2"
 _HUGGING_FACE = ".safetensors.index"
 _DATA = re.compile(r"(.+)\.data-\d{5,}-of-\d{5,}", re.DOTALL)
-# What a sharded save keeps until its parts are merged.
-UNFINISHED = re.compile(r"_temp(?:_[0-9a-f]+)?$|\.tempstate\d*$")
 
 
 def stem_of(name: str) -> str | None:
@@ -46,15 +46,16 @@ def stem_of(name: str) -> str | None:
 
 def prefix_of(path: str) -> str | None:
     """Return the prefix that `path` means: itself, or that of one of its files; None if neither."""
-    if os.path.isfile(path + SUFFIX):
+    if _has_index(path):
         return path
     stem = stem_of(path)
-    if stem is None:
-        return None
-    if os.path.isfile(stem + SUFFIX) and (stem_of(path) is not None):
-        own = _DATA.fullmatch(path) or ends_as_table(stem + SUFFIX) or has_data(stem)
-        return stem if own else None
-    return None
+    return stem if stem is not None and _has_index(stem) else None
+
+
+def _has_index(prefix: str) -> bool:
+    """Whether the file called as the index of a prefix is one, or lies beside its data."""
+    path = prefix + SUFFIX
+    return os.path.isfile(path) and (ends_as_table(path) or has_data(prefix))
 
 
 def prefix_in(folder: str) -> str | None:
@@ -83,7 +84,7 @@ def prefixes(folder: str) -> list[str]:
     except OSError as error:
         reason = os.strerror(error.errno or 0)
         raise InputError(f"{shorten(folder, 1000)}: cannot list: {reason}") from error
-    present = set(names)
+    with_data = {match[1] for name in names if (match := _DATA.fullmatch(name))}
     stems = [name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX)]
     return [
         os.path.join(folder, stem)
@@ -91,12 +92,8 @@ def prefixes(folder: str) -> list[str]:
         if stem
         and not stem.startswith(".")
         and not (stem + SUFFIX).endswith(_HUGGING_FACE)
-        and (_data_beside(stem, present) or ends_as_table(os.path.join(folder, stem + SUFFIX)))
+        and (stem in with_data or ends_as_table(os.path.join(folder, stem + SUFFIX)))
     ]
-
-
-def _data_beside(stem: str, names: set[str]) -> bool:
-    return any(name.startswith(stem) and stem_of(name) == stem for name in names - {stem + SUFFIX})
 
 
 def has_data(prefix: str) -> bool:
@@ -170,7 +167,7 @@ def is_v1(path: str) -> bool:
 def v1_refusal(path: str) -> UnsupportedInput:
     """Return the error that tells how to convert a checkpoint of the first format."""
     return UnsupportedInput(
-        f"{shorten(path, 1000)}: a checkpoint in TensorFlow's old V1 format is not read",
+        f"{shorten(path, 1000)}: {V1}",
         "convert it with TensorFlow: restore it with tf.compat.v1.train.Saver and save it again "
         "with write_version=tf.compat.v1.train.SaverDef.V2",
     )

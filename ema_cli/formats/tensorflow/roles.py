@@ -13,51 +13,54 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from ema_cli.errors import DamagedFile, InputError
-from ema_cli.files import stamp_of
 from ema_cli.formats.known import Known
 from ema_cli.formats.tensorflow import graphs, objectgraph, places, strings
+from ema_cli.formats.tensorflow.places import NAME
 from ema_cli.formats.tensorflow.wire import Malformed
 from ema_cli.naming import OBJECT_GRAPH
 from ema_cli.tensors import Checkpoint, Index, Role, Tensor
 from ema_cli.text import shorten, size
 
 GRAPH_LIMIT = 256 << 20
+# Of a run that keeps a graph beside each checkpoint one is enough, unless it is damaged.
+_GRAPHS_TRIED = 3
 _NUMBER = re.compile(r"-(\d+)$")
 
 
 class Recorded(NamedTuple):
-    """What was recorded, and where: a note when it could not be read."""
+    """What was recorded, and where; and what could not be read."""
 
     roles: Mapping[str, Role]
     full_names: Mapping[str, str]
     source: str
-    note: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def recorded(checkpoint: Checkpoint, known: Known) -> Checkpoint:
     """Return the checkpoint with the roles that TensorFlow recorded for its tensors."""
-    graph = checkpoint.index.by_name.get(OBJECT_GRAPH)
-    path = graph_file(checkpoint.path, known) if graph is None else None
+    base = checkpoint.index
+    graph = base.by_name.get(OBJECT_GRAPH)
     if graph is not None:
-        key: tuple[object, ...] = ("object graph", _checksum_of(checkpoint, graph))
-    elif path is not None:
-        key = ("graph file", stamp_of(path))
+        key = (NAME, "object graph", _checksum_of(checkpoint, graph))
+        # Kept with the index it is for, which therefore lives as long as it is compared with.
+        kept: tuple[Index, Recorded] | None = known.get(key)
+        if kept is None or kept[0] is not base:
+            kept = known[key] = (base, _of_objects(checkpoint, graph))
+        found = kept[1]
     else:
-        return checkpoint
-    # Kept with the index it is for, which therefore lives as long as it is compared with.
-    kept: tuple[Index, Index, str] | None = known.get(("tensorflow", *key))
-    if kept is None or kept[0] is not checkpoint.index:
-        found = _of_objects(checkpoint, graph) if graph else _of_graph(path or "", checkpoint)
-        index = dataclasses.replace(
-            checkpoint.index,
-            roles=found.roles,
-            full_names=found.full_names,
-            roles_from=found.source if found.roles else "",
+        found = _of_graphs(checkpoint, known)
+    if not found.roles:
+        return dataclasses.replace(checkpoint, notes=checkpoint.notes + found.notes)
+    # The checkpoints of a run share one index, though each may have a graph file of its own.
+    key = (NAME, "with roles", id(base))
+    shared: tuple[Index, Index] | None = known.get(key)
+    same = shared is not None and (shared[1].roles, shared[1].full_names) == found[:2]
+    if shared is None or shared[0] is not base or not same:
+        enriched = dataclasses.replace(
+            base, roles=found.roles, full_names=found.full_names, roles_from=found.source
         )
-        kept = (checkpoint.index, index, found.note)
-        known["tensorflow", *key] = kept
-    notes = (kept[2],) if kept[2] else ()
-    return dataclasses.replace(checkpoint, index=kept[1], notes=checkpoint.notes + notes)
+        shared = known[key] = (base, enriched)
+    return dataclasses.replace(checkpoint, index=shared[1], notes=checkpoint.notes + found.notes)
 
 
 def _checksum_of(checkpoint: Checkpoint, tensor: Tensor) -> int:
@@ -70,8 +73,8 @@ def _checksum_of(checkpoint: Checkpoint, tensor: Tensor) -> int:
 
 def _of_objects(checkpoint: Checkpoint, graph: Tensor) -> Recorded:
     path = checkpoint.files[graph.extent.file].path
+    untrainable, notes = _untrainable(checkpoint.path)
     try:
-        untrainable = graphs.untrainable(checkpoint.path)
         records = objectgraph.read_roles(_graph_bytes(checkpoint, graph), untrainable)
     except Malformed as error:
         raise DamagedFile(path, str(error), graph.name) from None
@@ -81,7 +84,16 @@ def _of_objects(checkpoint: Checkpoint, graph: Tensor) -> Recorded:
         {key: record.role for key, record in present.items()},
         {key: record.full_name for key, record in present.items() if record.full_name},
         "its object graph",
+        notes,
     )
+
+
+def _untrainable(prefix: str) -> tuple[frozenset[int], tuple[str, ...]]:
+    """Return the nodes a SavedModel says are not trainable; a note when that cannot be read."""
+    try:
+        return graphs.untrainable(prefix), ()
+    except InputError as error:
+        return frozenset(), (f"{error.message}; every variable counts as trainable",)
 
 
 def _graph_bytes(checkpoint: Checkpoint, graph: Tensor) -> bytes:
@@ -106,50 +118,61 @@ def _graph_bytes(checkpoint: Checkpoint, graph: Tensor) -> bytes:
 # ---------------------------------------------------------------------------- graphs
 
 
-def graph_file(prefix: str, known: Known) -> str | None:
-    """Return the file with the graph of the checkpoint `prefix`, or None.
+def graph_files(prefix: str, known: Known) -> list[str]:
+    """Return the files that may hold the graph of the checkpoint `prefix`, best first.
 
-    Its own ``.meta``, that of the newest checkpoint of the same name, a SavedModel's graph. Most
-    programs write one ``.meta`` and many checkpoints.
+    A SavedModel's graph; its own ``.meta``, and those of the other checkpoints of its name, newest
+    first: most programs write one, and the newest may still be being written.
     """
-    own = prefix + places.META_SUFFIX
-    if os.path.isfile(own):
-        return own
     saved_model = graphs.saved_model_of(prefix)
     if saved_model is not None:
-        return saved_model
+        return [saved_model]
     folder, name = os.path.split(prefix)
-    key = ("tensorflow", "graph files", folder)
+    key = (NAME, "graph files", folder)
     if key not in known:
         known[key] = _metas(folder)
-    metas: dict[str, str] = known[key]
-    return metas.get(_NUMBER.sub("", name))
+    others: list[str] = known[key].get(_NUMBER.sub("", name), [])
+    own = prefix + places.META_SUFFIX
+    return [path for path in others if path == own] + [path for path in others if path != own]
 
 
-def _metas(folder: str) -> dict[str, str]:
-    """Return the ``.meta`` file with the highest number for each name without its number."""
-    newest: dict[str, tuple[int, str]] = {}
+def _metas(folder: str) -> dict[str, list[str]]:
+    """Return the ``.meta`` files of each name without its number, highest number first."""
+    found: dict[str, list[tuple[int, str]]] = {}
     for name in os.listdir(folder or "."):
-        stem = name.removesuffix(places.META_SUFFIX)
-        if stem == name or name.startswith("."):
-            continue
-        match = _NUMBER.search(stem)
-        number = int(match[1]) if match and len(match[1]) < 19 else -1
-        base = stem[: match.start()] if match else stem
-        candidate = (number, os.path.join(folder, name))
-        newest[base] = max(newest.get(base, candidate), candidate)
-    return {base: path for base, (_, path) in newest.items()}
+        stem, path = name.removesuffix(places.META_SUFFIX), os.path.join(folder, name)
+        if stem != name and not name.startswith(".") and os.path.isfile(path):
+            match = _NUMBER.search(stem)
+            number = int(match[1]) if match and len(match[1]) < 19 else -1
+            base = stem[: match.start()] if match else stem
+            found.setdefault(base, []).append((number, path))
+    return {base: [path for _, path in sorted(rows, reverse=True)] for base, rows in found.items()}
 
 
-def _of_graph(path: str, checkpoint: Checkpoint) -> Recorded:
-    """Return the roles that the collections of a graph tell; trainable or averaged in training."""
-    shown = shorten(os.path.basename(path))
+def _of_graphs(checkpoint: Checkpoint, known: Known) -> Recorded:
+    """Return what the first graph tells that can be read and knows these variables."""
+    notes: list[str] = []
+    for path in graph_files(checkpoint.path, known)[:_GRAPHS_TRIED]:
+        key = (NAME, "graph", path)
+        if key not in known:
+            known[key] = _variables(path)
+        names, note = known[key]
+        roles = {name: Role.VARIABLE for name in names if name in checkpoint.index.by_name}
+        if note:
+            notes.append(note)
+        if roles:
+            source = f"the collections in {shorten(os.path.basename(path))}"
+            return Recorded(roles, {}, source, tuple(notes))
+    return Recorded({}, {}, "", tuple(notes))
+
+
+def _variables(path: str) -> tuple[list[str], str]:
+    """Return the trainable or averaged variables in a graph, or a note why there are none."""
     try:
         found = graphs.collections(path)
     except InputError as error:
-        note = f"{error.message}; names tell what is a variable instead"
-        return Recorded({}, {}, "", note)
-    saved = checkpoint.index.by_name
-    keys = [listed.key for listed in (*found.trainable, *found.moving_average)]
-    roles = {key: Role.VARIABLE for key in keys if key in saved}
-    return Recorded(roles, {}, f"the collections in {shown}")
+        return [], f"{error.message}; another graph or names tell what is a variable"
+    names = list(dict.fromkeys(one.key for one in (*found.trainable, *found.moving_average)))
+    note = f"{shorten(path, 1000)}: lists no variables; another graph or names tell them"
+    saved_model = os.path.basename(path) == places.SAVED_MODEL
+    return names, "" if names or saved_model else note
