@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INTEROP := .venv-interop
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check interop bench clean
 
 demo: $(VENV)/.installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh fixtures/demo.sh build/demo
@@ -16,6 +17,9 @@ check: $(VENV)/.developing
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
+
+interop: $(INTEROP)/.installed
+	$(INTEROP)/bin/python -m pytest --tb=short interop
 
 bench: $(VENV)/.developing
 	$(BIN)/python -m bench --dir build/bench $(BENCH)
@@ -30,5 +34,12 @@ $(VENV)/.developing: pyproject.toml $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
+# With TensorFlow, which the project does without: beside it as in an evaluation's environment.
+$(INTEROP)/.installed: pyproject.toml interop/requirements.txt
+	$(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--requirement interop/requirements.txt --editable .
+	@touch $@
+
 clean:
-	rm -rf build $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf build $(VENV) $(INTEROP) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

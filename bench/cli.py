@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 
 from bench.budgets import verdicts
-from bench.contestants import GROUPS, Group
+from bench.contestants import Group
 from bench.datasets import catalogue, create_missing
+from bench.groups import GROUPS
 from bench.measure import Score, run_group, say
 from bench.report import budget_table, document, group_table, machine, machine_text
 

@@ -1,19 +1,49 @@
-"""Child process that compares two safetensors files tensor by tensor, whatever their order."""
+"""Child process that compares two checkpoints tensor by tensor, whatever their order and format."""
 
 import json
 import sys
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, NamedTuple
 
-from bench.datasets import MIB
+from bench.datasets import DATA, MIB
+from ema_cli.formats import read
 
 
-def read_entries(file: BinaryIO) -> tuple[dict[str, Any], int]:
-    """Return the entries of the header, and where the tensor data begins."""
-    size = int.from_bytes(file.read(8), "little")
-    entries = json.loads(file.read(size))
-    entries.pop("__metadata__", None)
-    return entries, 8 + size
+class Entry(NamedTuple):
+    """A tensor in a file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_entries(path: Path) -> dict[str, Entry]:
+    """Return dtype, shape, and where the bytes begin and end, of each tensor."""
+    if path.name.endswith(DATA):
+        return read_index(path)
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    found = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        found[name] = Entry(dtype, shape, 8 + size + begin, 8 + size + end)
+    return found
+
+
+def read_index(path: Path) -> dict[str, Entry]:
+    """Return the same of a TensorFlow checkpoint with one data file, read by the tool."""
+    codes = {"float32": "F32", "bfloat16": "BF16"}
+    index = read(str(path), {}).index
+    return {
+        t.name: Entry(
+            codes[t.dtype.name], t.shape, t.extent.offset, t.extent.offset + t.extent.nbytes
+        )
+        for t in index.tensors
+    }
 
 
 def same_bytes(a: BinaryIO, b: BinaryIO, a_at: int, b_at: int, size: int) -> bool:
@@ -30,17 +60,15 @@ def same_bytes(a: BinaryIO, b: BinaryIO, a_at: int, b_at: int, size: int) -> boo
 
 def first_difference(reference: Path, result: Path) -> str:
     """Return what differs first, or nothing when all tensors are equal bit for bit."""
+    expected, found = read_entries(reference), read_entries(result)
+    if expected.keys() != found.keys():
+        return f"other tensors: {sorted(expected.keys() ^ found.keys())[:3]}"
     with reference.open("rb") as a, result.open("rb") as b:
-        expected, a_base = read_entries(a)
-        found, b_base = read_entries(b)
-        if expected.keys() != found.keys():
-            return f"other tensors: {sorted(expected.keys() ^ found.keys())[:3]}"
         for name, entry in expected.items():
             other = found[name]
-            if (entry["dtype"], entry["shape"]) != (other["dtype"], other["shape"]):
+            if entry[:2] != other[:2] or entry.end - entry.begin != other.end - other.begin:
                 return f"{name}: dtype or shape"
-            (begin, end), (other_begin, _) = entry["data_offsets"], other["data_offsets"]
-            if not same_bytes(a, b, a_base + begin, b_base + other_begin, end - begin):
+            if not same_bytes(a, b, entry.begin, other.begin, entry.end - entry.begin):
                 return f"{name}: values"
     return ""
 

@@ -15,8 +15,8 @@ SELF_TIMED = (LIMIT, OVERLAPPED, OPEN)
 # The best block size depends on the caches of the machine: the limit is the best of these.
 BLOCKS = (MIB // 4, MIB, 4 * MIB)
 AVERAGES = ("a=ema:0.9", "b=ema:0.99", "c=mean", "d=lr:1-sqrt")
-# Like `cp --reflink=never` a rename reads and writes all bytes; like it, cp makes them durable.
-COPY_AND_SYNC = 'to=$1; shift; cp --reflink=never "$@" "$to" && sync "$to"/*'
+# Files to copy follow the folder they go to.
+COPY_AND_SYNC = 'to=$1; shift; cp "$@" "$to" && sync "$to"/*'
 
 
 @dataclass(frozen=True)

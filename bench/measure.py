@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.contestants import LIMIT, OVERLAPPED, Contestant, Group
+from bench.contestants import SELF_TIMED, Contestant, Group
 from bench.datasets import MIB, ROOT, DataSet
 
 
@@ -76,7 +76,7 @@ def warm(data_sets: Iterable[DataSet], data: Path) -> None:
     """Bring all inputs into the page cache."""
     buffer = bytearray(MIB)
     for data_set in data_sets:
-        for path in data_set.paths(data):
+        for path in data_set.files(data):
             with path.open("rb", buffering=0) as file:
                 while file.readinto(buffer):
                     pass
@@ -85,7 +85,7 @@ def warm(data_sets: Iterable[DataSet], data: Path) -> None:
 def chill(data_sets: Iterable[DataSet], data: Path) -> None:
     """Drop all inputs from the page cache; only clean pages go, hence after a sync."""
     for data_set in data_sets:
-        for path in data_set.paths(data):
+        for path in data_set.files(data):
             with path.open("rb", buffering=0) as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -124,13 +124,13 @@ def run_process(command: tuple[str, ...]) -> tuple[Sample, str]:
 
 
 def run_once(contestant: Contestant) -> Sample:
-    """Run one contestant; the limit reports its own time, without the interpreter's start."""
+    """Run one contestant; some report their own time, without the interpreter's start."""
     sample, text = run_process(contestant.command)
     check_outputs(contestant)
-    if contestant.role not in (LIMIT, OVERLAPPED):
+    if contestant.role not in SELF_TIMED:
         return sample
     inner = json.loads(text)
-    return Sample(inner["seconds"], sample.wall, sample.peak_mib, inner["fsync"])
+    return Sample(inner["seconds"], sample.wall, sample.peak_mib, inner.get("fsync"))
 
 
 def run_group(group: Group, data: Path, rounds: int) -> list[Score]:
@@ -168,12 +168,13 @@ def check_equal(group: Group, scores: list[Score]) -> None:
     """Mark the second of two results that differ as failed: a fast wrong answer wins nothing."""
     by_output = {path: score for score in scores for path in score.contestant.outputs}
     for reference, result in group.equal:
-        score = by_output[result]
-        if score.error or by_output[reference].error:
+        score, other = by_output[result], by_output.get(reference)  # which may be an input
+        if score.error or (other and other.error):
             continue
         difference = compare(reference, result)
         if difference:
-            score.error = f"the result differs from the NumPy script's: {difference}"
+            source = f"the result of {other.contestant.name}" if other else str(reference)
+            score.error = f"the result differs from {source}: {difference}"
 
 
 def best_variants(scores: Iterable[Score]) -> list[Score]:

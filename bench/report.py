@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.budgets import Verdict, ratio
-from bench.contestants import LIMIT, OVERLAPPED, Group
+from bench.contestants import LIMIT, OPEN, OVERLAPPED, Group
 from bench.measure import Score, best_variants
 
 PACKAGES = ("ema-avg", "numpy", "click", "safetensors", "ml_dtypes")
@@ -80,9 +80,11 @@ def note(score: Score) -> str:
     """Return what else is worth knowing about a contestant."""
     if score.error:
         return "FAILED"
-    if score.best.fsync is None:
-        return ""
     best = score.best
+    if score.contestant.role == OPEN:
+        return f"in process, process {best.wall:.3f}"
+    if best.fsync is None:
+        return ""
     return f"{score.contestant.variant} blocks, fsync {best.fsync:.3f}, process {best.wall:.3f}"
 
 

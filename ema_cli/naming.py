@@ -273,11 +273,10 @@ def restore_map(saved: Collection[str], averaged: Mapping[str, bool], name: str)
         key = shadow_of(variable, name)
         if key in names:
             rows[key] = Restored(key, variable, "shadow")
-        elif f"{key}_1" in names:
-            rows[key] = Restored(key, variable, "missing", f"saved as '{key}_1'", f"{key}_1")
-        elif variable in names:
-            note = "only the plain name is saved"
-            rows[key] = Restored(key, variable, "missing", note, variable)
+        elif (other := instead(key, variable, names, name)) == variable:
+            rows[key] = Restored(key, variable, "missing", "only the plain name is saved", other)
+        elif other:
+            rows[key] = Restored(key, variable, "missing", f"saved as '{shorten(other)}'", other)
         else:
             rows[key] = Restored(key, variable, "missing")
     for variable in (v for v, is_averaged in averaged.items() if not is_averaged):
@@ -287,6 +286,26 @@ def restore_map(saved: Collection[str], averaged: Mapping[str, bool], name: str)
             note = "so the variable of this name is not restored"
             rows[variable] = rows[variable]._replace(note=note)
     return list(rows.values())
+
+
+def instead(asked: str, variable: str, saved: Collection[str], name: str) -> str:
+    """Return the saved name that is probably meant by one that is not saved, or "".
+
+    A shadow before raw values: made unique with ``_1``, of TensorFlow's usual name, or without the
+    scope that is asked for.
+    """
+    candidates = [f"{asked}_1"]
+    if asked != variable:
+        candidates.append(shadow_of(variable, SHADOW_NAME))
+    else:
+        candidates.append(shadow_of(variable, name))
+    inner = asked
+    while "/" in inner:
+        inner = inner.partition("/")[2]
+        if asked == variable or variable_of(inner, name) is not None:
+            candidates.append(inner)
+    candidates.append(variable)
+    return next((c for c in candidates if c in saved and c != asked), "")
 
 
 def _plain(variable: str, names: Collection[str], name: str) -> Restored:

@@ -44,12 +44,7 @@ def make(request: Request, towards: str | None) -> tuple[Plan, Layout, Renamed]:
     """Return the plan of a renamed copy, its layout, and what it renames."""
     wishes, path = request.wishes, request.output or ""
     checkpoint = find_one(request.paths[0])
-    if towards == "variable":
-        entries, replaced, left_out = _towards_variable(checkpoint, wishes)
-    elif towards == "shadow":
-        entries, replaced, left_out = _towards_shadow(checkpoint, wishes), [], []
-    else:
-        entries, replaced, left_out = [_kept(t) for t in checkpoint.index.tensors], [], []
+    entries, replaced, left_out = _renamed_entries(checkpoint, towards, wishes)
     rules = naming.compile_rules(wishes.rules)
     entries = [e._replace(name=naming.apply_rules(e.name, rules)) for e in entries]
     changed = tuple((e.source, e.name) for e in entries if e.name != e.source)
@@ -62,6 +57,25 @@ def make(request: Request, towards: str | None) -> tuple[Plan, Layout, Renamed]:
         layout.path, changed, tuple(replaced), tuple(left_out), len(entries) - len(changed)
     )
     return _plan(request, checkpoint, layout), layout, renamed
+
+
+def names_after(path: str, towards: str, name: str) -> set[str]:
+    """Return the names that the checkpoint at `path` would have; raises `Disagreement`."""
+    checkpoint = find_one(path)
+    entries, _, _ = _renamed_entries(checkpoint, towards, Wishes(name=name))
+    naming.check_distinct(((entry.name, entry.source) for entry in entries), lambda name: True)
+    return {entry.name for entry in entries}
+
+
+def _renamed_entries(
+    checkpoint: Checkpoint, towards: str | None, wishes: Wishes
+) -> tuple[list[Entry], list[str], list[str]]:
+    """Return the entries of the copy, the variables a shadow replaces, and what is left out."""
+    if towards == "variable":
+        return _towards_variable(checkpoint, wishes)
+    if towards == "shadow":
+        return _towards_shadow(checkpoint, wishes), [], []
+    return [_kept(t) for t in checkpoint.index.tensors], [], []
 
 
 def _nothing(request: Request, checkpoint: Checkpoint, towards: str | None) -> Disagreement:

@@ -15,14 +15,17 @@ from ema_cli.naming import (
     Restored,
     Rule,
     check_rules,
+    instead,
     restore_map,
     role_in,
     ruling,
     shadow_of,
     variable_of,
 )
-from ema_cli.tensors import Checkpoint, Index, Role, Tensor, describe
+from ema_cli.tensors import Checkpoint, DType, Index, Role, Tensor, describe
 from ema_cli.text import near_misses, shorten
+
+Spec = tuple[DType, tuple[int, ...] | None]
 
 _LIST_LIMIT = 16 << 20
 # Guessing what was meant takes long; after so many names a list is simply a wrong one.
@@ -161,7 +164,19 @@ def _of_graph(path: str, saved: Index, rules: Sequence[Rule], name: str) -> list
         rule = ruling(rules, variable)
         asked[variable] = variable in averaged if rule is None else rule.include
     rows = restore_map(saved.by_name, asked, name)
-    return [_partition(row, listed[row.variable], saved, name) for row in rows]
+    rows = [_partition(row, listed[row.variable], saved, name) for row in rows]
+    declared = {} if path.endswith(".pb") else graphs.declared(path)
+    return [_declared(row, declared, saved) for row in rows]
+
+
+def _declared(row: Restored, declared: Mapping[str, Spec], saved: Index) -> Restored:
+    """Return the row, marked when the graph declares its variable otherwise than it is saved."""
+    tensor, spec = saved.by_name.get(row.restore_name), declared.get(row.variable)
+    if tensor is None or spec is None:
+        return row
+    dtype, shape = spec
+    shape = tensor.shape if shape is None else shape
+    return _fitting(row, tensor._replace(dtype=dtype, shape=shape), saved)
 
 
 def _partition(row: Restored, variable: graphs.Listed, saved: Index, name: str) -> Restored:
@@ -205,13 +220,11 @@ def _literal(wanted: str, saved: Index, name: str, *, guess: bool) -> Restored:
     variable = variable_of(wanted, name)
     if wanted in saved.by_name:
         return Restored(wanted, variable or wanted, "plain" if variable is None else "shadow")
-    other = variable if variable is not None else f"{wanted}/{name}"
-    if other in saved.by_name:
-        note = f"'{shorten(other)}' is saved"
-        return Restored(wanted, variable or wanted, "missing", note, other)
-    if f"{wanted}_1" in saved.by_name:
-        note = f"'{shorten(wanted)}_1' is saved"
-        return Restored(wanted, variable or wanted, "missing", note, f"{wanted}_1")
+    other = instead(wanted, variable or wanted, saved.by_name, name)
+    if other:
+        return Restored(
+            wanted, variable or wanted, "missing", f"'{shorten(other)}' is saved", other
+        )
     close = near_misses(wanted, saved.by_name) if guess else []
     note = f"did you mean '{shorten(close[0])}'" if close else ""
     return Restored(wanted, variable or wanted, "missing", note)

@@ -101,18 +101,34 @@ def _hint(found: RestoreMap, checkpoint: str, name: str) -> str:
     if lost:
         return _unsaved(lost, name)
     words = ["ema-avg", "rename", checkpoint, "-o", "OUT"]
-    if all(row.saved_as == row.variable for row in missing):
-        words += ["--names", "shadow"]
-    elif all(row.restore_name == row.variable for row in missing):
-        words += ["--names", "variable"]
-    else:
-        for row in missing:
-            replacement = row.restore_name.replace("\\", r"\\")
-            words += ["--rule", f"^{re.escape(row.saved_as)}$", replacement]
-        return command(*words)
-    if name != "ExponentialMovingAverage":
-        words += ["--name", name]
+    from ema_cli.naming import SHADOW_NAME
+
+    towards = _towards(found, checkpoint, name)
+    if towards:
+        words += ["--names", towards]
+        return command(*words, *([] if name == SHADOW_NAME else ["--name", name]))
+    for row in missing:
+        replacement = row.restore_name.replace("\\", r"\\")
+        words += ["--rule", f"^{re.escape(row.saved_as)}$", replacement]
     return command(*words)
+
+
+def _towards(found: RestoreMap, checkpoint: str, name: str) -> str:
+    """Return the direction of renaming after which every row is found, or an empty string."""
+    from ema_cli import renaming
+    from ema_cli.errors import EmaError
+
+    asked = {row.restore_name for row in found.rows}
+    raw = any(row.saved_as != row.variable for row in found.missing)
+    for towards in ("shadow", "variable"):
+        if towards == "shadow" and raw:
+            continue  # a shadow is saved, if under another name
+        try:
+            if asked <= renaming.names_after(checkpoint, towards, name):
+                return towards
+        except EmaError:
+            continue
+    return ""
 
 
 def _unsaved(lost: Sequence[Restored], name: str) -> str:

@@ -5,11 +5,21 @@ from __future__ import annotations
 import os
 
 from ema_cli.files import stamp_of
-from ema_cli.formats.tensorflow import metagraph, places
+from ema_cli.formats.tensorflow import metagraph, nodes, places
+from ema_cli.formats.tensorflow.entries import DTYPE_NAMES
 from ema_cli.formats.tensorflow.metagraph import Collections, Listed
 from ema_cli.formats.tensorflow.wire import damaged
+from ema_cli.tensors import DTYPES, DType
 
-__all__ = ["Collections", "Listed", "collections", "is_graph", "saved_model_of", "untrainable"]
+__all__ = [
+    "Collections",
+    "Listed",
+    "collections",
+    "declared",
+    "is_graph",
+    "saved_model_of",
+    "untrainable",
+]
 
 
 def is_graph(path: str) -> bool:
@@ -23,6 +33,17 @@ def collections(path: str) -> Collections:
     saved_model = os.path.basename(path) == places.SAVED_MODEL
     with damaged(path), places.reading(path) as read:
         return metagraph.read_collections(read, stamp_of(path).size, saved_model=saved_model)
+
+
+def declared(path: str) -> dict[str, tuple[DType, tuple[int, ...] | None]]:
+    """Return dtype and shape (None if unknown) of each variable the graph at `path` declares."""
+    with damaged(path), places.reading(path) as read:
+        found = nodes.read_declared(read, stamp_of(path).size)
+    return {
+        name: (DTYPES[DTYPE_NAMES[one.dtype]], one.shape)
+        for name, one in found.items()
+        if one.dtype in DTYPE_NAMES
+    }
 
 
 def untrainable(prefix: str) -> frozenset[int]:
