@@ -247,7 +247,12 @@ CASES = {
         saved(trained_in_a_scope), network, works=True, scope="scope", forms=("names",)
     ),
     "a scope, averaged outside": Case(
-        averaged(network), network, works=False, scope="scope", forms=("names",)
+        averaged(network),
+        network,
+        works=False,
+        mended={f"scope/{shadow(one)}": shadow(one) for one in (FIRST, SECOND)},
+        scope="scope",
+        forms=("names",),
     ),
 }
 
