@@ -239,9 +239,9 @@ def restore_map(
 
     Args:
         checkpoint: the one to restore from.
-        program: what the restoring program asks for: a checkpoint with its variables, a text
-            file with one restore name per line, or these names; without it, the variables the
-            checkpoint itself tells of.
+        program: what the restoring program asks for: its graph (a ``.meta`` file or a
+            ``saved_model.pb``), a checkpoint with its variables, a text file with one restore name
+            per line, or these names; without it, the variables the checkpoint itself tells of.
         select: ordered pairs ``("include" | "exclude", glob)`` that choose the moving-average
             variables.
         name: of the shadows.

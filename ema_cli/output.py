@@ -13,7 +13,7 @@ from typing import Any
 from ema_cli import destination, durable, provenance
 from ema_cli.blueprint import Layout
 from ema_cli.errors import EmaError, StorageError, storage_errors
-from ema_cli.formats import FORMATS, Known, safetensors
+from ema_cli.formats import FORMATS, Known
 from ema_cli.tensors import NO_FILE, Extent
 from ema_cli.text import shorten, size
 
@@ -180,11 +180,10 @@ class Unpublished:
 
     def _known(self) -> Known:
         """Return the index of a header that was parsed already and must come back unchanged."""
-        last = self.layout.last
-        if not self.layout.template or self.layout.format != safetensors.NAME:
+        row = FORMATS[self.layout.format]
+        if not self.layout.template or row.known_as is None:
             return {}
-        key = safetensors.known_as(last.digests[0], self.layout.files[0].nbytes)
-        return {key: last.index}
+        return {row.known_as(self.layout): self.layout.last.index}
 
     def publish(self, document: Mapping[str, Any]) -> None:
         """Give the output its name, the point after which it exists, and its provenance too."""

@@ -30,7 +30,7 @@ _OF_PREFIX = (".index", ".data-")
 
 
 def path_for(output: str) -> str:
-    """Return where the provenance of `output` (a file or a folder) lies."""
+    """Return where the provenance of `output` (a file, a folder or a prefix) lies."""
     return output.rstrip("/") + SUFFIX
 
 

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     cls=options.Option,
     group="Input",
     metavar="FILE",
-    help="What the restoring program asks for: a checkpoint, a list of names, or - for stdin.",
+    help="What the restoring program asks for: a graph (.meta), a checkpoint, a list of names, "
+    "or - for stdin.",
 )
 @options.select_options(
     "Ask for these variables under their shadows' names.",

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ema_cli.naming import OBJECT_GRAPH, role_in
+from ema_cli.naming import OBJECT_GRAPH, SHADOW_NAME, role_in
 from ema_cli.record import copied
 from ema_cli.tensors import Role
 from ema_cli.text import command, percent, plural, shorten, size
@@ -138,7 +138,7 @@ def _statistics(outcome: Outcome) -> bool:
     """Whether batch-norm statistics are averaged."""
     index = outcome.last.index
     averaged = outcome.selection.averaged
-    return any(role_in(index, tensor.name, "") is Role.STATISTICS for tensor in averaged)
+    return any(role_in(index, tensor.name, SHADOW_NAME) is Role.STATISTICS for tensor in averaged)
 
 
 def _batch_norm(outcome: Outcome) -> str:

@@ -1,7 +1,7 @@
 """The formats by name, and what a path holds, told by content rather than by suffix.
 
 A format is an index: parse the headers, check everything, say where each tensor lies. One reader
-(`ema_cli.engine`) then serves all formats, and writing is the mirror image: a format says where
+(`ema_cli.worker`) then serves all formats, and writing is the mirror image: a format says where
 each tensor of an output will lie, and which bytes seal it once the data is there.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ema_cli.blueprint import Draft, Entry, Layout
 from ema_cli.errors import InputError
@@ -38,6 +38,7 @@ class Format(NamedTuple):
         stem: what an output is called, before its step, in a directory that was named alone.
         renamed: a new index over the bytes of a checkpoint, where the format keeps them apart.
         seal: (ordinal of a file, its bytes) once the checksum of every extent is known.
+        known_as: what a template output's index is known as to `read`, if it came back unchanged.
         opaque_checksums: for a tensor of variable width, the CRC-32C of its bytes as they lie, and
             the one its index must hold.
         reference_check: opens finished files as those will who load them.
@@ -54,6 +55,7 @@ class Format(NamedTuple):
     stem: str = ""
     renamed: Callable[[Sequence[Entry], Checkpoint], Draft] | None = None
     seal: Callable[[Layout, Mapping[Extent, int]], tuple[int, bytes]] | None = None
+    known_as: Callable[[Layout], tuple[Any, ...]] | None = None
     opaque_checksums: Callable[[Checkpoint, Tensor], tuple[int, int]] | None = None
     reference_check: Callable[[Iterable[str]], None] | None = None
 
@@ -68,6 +70,7 @@ FORMATS: Mapping[str, Format] = {
         safetensors.can_name,
         safetensors.template,
         safetensors.fresh,
+        known_as=safetensors.template_known_as,
         reference_check=safetensors.reference_check,
     ),
     sharded.NAME: Format(
@@ -93,6 +96,7 @@ FORMATS: Mapping[str, Format] = {
         stem=tensorflow.STEM,
         renamed=tensorflow.renamed,
         seal=tensorflow.seal,
+        known_as=tensorflow.template_known_as,
         opaque_checksums=tensorflow.opaque_checksums,
     ),
 }

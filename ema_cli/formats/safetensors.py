@@ -18,7 +18,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ema_cli.blueprint import Draft, Entry, File
+from ema_cli.blueprint import Draft, Entry, File, Layout
 from ema_cli.errors import DamagedFile, EmaError
 from ema_cli.files import open_input, read_exact, stamp
 from ema_cli.formats.known import Known
@@ -100,6 +100,11 @@ def read(path: str, known: Known) -> Checkpoint:
 def known_as(digest: str, file_size: int) -> tuple[str, ...]:
     """Return the key in `Known` of a single file with this header digest and size."""
     return NAME, digest, str(file_size)
+
+
+def template_known_as(layout: Layout) -> tuple[str, ...]:
+    """Return the key in `Known` of an output with the header of its last checkpoint."""
+    return known_as(layout.last.digests[0], layout.files[0].nbytes)
 
 
 def read_raw_header(fd: int, file: Stamp) -> bytearray:

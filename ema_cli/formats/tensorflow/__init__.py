@@ -13,6 +13,7 @@ from ema_cli.formats.tensorflow.drafting import (
     representable,
     seal,
     template,
+    template_known_as,
 )
 from ema_cli.formats.tensorflow.opaque import opaque_checksums
 from ema_cli.formats.tensorflow.places import (
@@ -58,5 +59,6 @@ __all__ = [
     "state_in",
     "stem_of",
     "template",
+    "template_known_as",
     "v1_refusal",
 ]

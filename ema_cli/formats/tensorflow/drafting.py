@@ -57,6 +57,11 @@ def template(last: Checkpoint) -> Draft:
     return Draft([*data, _index_file(index)], last.index.by_name)
 
 
+def template_known_as(layout: Layout) -> tuple[object, ...]:
+    """Return the key in `Known` of an output whose index differs in checksums only."""
+    return places.NAME, "index", layout.files[-1].nbytes
+
+
 def fresh(wanted: Sequence[Entry], last: Checkpoint, limit: int | None) -> Draft:
     """Return one new shard with the wanted entries, slices as they were, and its index."""
     del limit
