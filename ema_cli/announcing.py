@@ -7,14 +7,18 @@ training would resume from the average.
 from __future__ import annotations
 
 import os
+import time
 
 from ema_cli import durable, provenance
 from ema_cli.blueprint import Layout
-from ema_cli.errors import EmaError, storage_errors
+from ema_cli.errors import EmaError, Locked, storage_errors
 from ema_cli.files import read_small
 from ema_cli.formats import tensorflow
 from ema_cli.formats.tensorflow import statefile
 from ema_cli.text import shorten
+
+_ATTEMPTS = 40
+_PAUSE = 0.05
 
 
 def announce(layout: Layout) -> list[str]:
@@ -27,18 +31,40 @@ def announce(layout: Layout) -> list[str]:
         return []
     folder, name = os.path.split(layout.path)
     path = os.path.join(folder, tensorflow.STATE_FILE)
-    state = tensorflow.state_in(folder)
-    others = _others(folder, name, state)
-    foreign = others is None or (state is None and os.path.lexists(path))
-    if foreign or not all(_made_by_us(prefix) for prefix in tensorflow.prefixes(folder or ".")):
-        return [f"{shorten(path, 1000)}: not touched: it belongs to other checkpoints"]
-    text = statefile.encode(name, [*(others or ()), name])
-    if not _holds(path, text):
-        staged = durable.stage(path, text)
-        with storage_errors(path, "cannot publish"):
-            os.replace(staged, path)
-        durable.sync_directory(folder)
+    for patience in reversed(range(_ATTEMPTS)):
+        try:
+            return _enlist(folder, name, path)
+        except Locked:  # another output of this directory is being announced
+            if not patience:
+                raise
+            time.sleep(_PAUSE)
     return []
+
+
+def _enlist(folder: str, name: str, path: str) -> list[str]:
+    """Add a name to the state file at `path` unless that is somebody else's."""
+    temporary = durable.beside(path, durable.TEMPORARY_SUFFIX)
+    lock = durable.create_locked(temporary)
+    waiting = True
+    try:
+        state = tensorflow.state_in(folder)
+        others = _others(folder, name, state)
+        foreign = others is None or (state is None and os.path.lexists(path))
+        if foreign or not all(_made_by_us(prefix) for prefix in tensorflow.prefixes(folder or ".")):
+            return [f"{shorten(path, 1000)}: not touched: it belongs to other checkpoints"]
+        text = statefile.encode(name, [*(others or ()), name])
+        if not _holds(path, text):
+            durable.write_exact(lock, text, 0, temporary)
+            durable.sync(lock, temporary)
+            with storage_errors(path, "cannot publish"):
+                os.replace(temporary, path)
+            waiting = False
+            durable.sync_directory(folder)
+        return []
+    finally:
+        if waiting:
+            durable.remove(temporary)
+        os.close(lock)
 
 
 def _others(folder: str, name: str, state: statefile.State | None) -> list[str] | None:

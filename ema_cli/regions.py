@@ -18,6 +18,8 @@ from ema_cli.text import shorten
 
 # Boxes of one tensor: cut by rows in one checkpoint and by columns in another they multiply.
 BOX_LIMIT = 1 << 16
+# Pairs of boxes that are compared to find them.
+PAIR_LIMIT = 1 << 21
 
 
 class Grid(NamedTuple):
@@ -68,15 +70,21 @@ def common_boxes(tensors: Sequence[Tensor]) -> list[Box]:
         if _cut(tensor) not in seen:
             seen.add(_cut(tensor))
             cut = [box for box, _ in stored_boxes(tensor)]
+            if len(boxes) * len(cut) > PAIR_LIMIT:
+                raise _too_different(tensor)
             pairs = (_intersection(a, b) for a in boxes for b in cut)
             boxes = list(itertools.islice((b for b in pairs if b is not None), BOX_LIMIT + 1))
             if len(boxes) > BOX_LIMIT:
-                raise UnsupportedInput(
-                    f"tensor '{shorten(tensor.name)}': its checkpoints or outputs slice it so "
-                    f"differently that they have more than {BOX_LIMIT:,} boxes in common",
-                    "average those sliced alike, and convert the result with ema-avg rename",
-                )
+                raise _too_different(tensor)
     return [box for box in boxes if box.elements]
+
+
+def _too_different(tensor: Tensor) -> UnsupportedInput:
+    return UnsupportedInput(
+        f"tensor '{shorten(tensor.name)}': its checkpoints or outputs slice it so differently that "
+        f"they have more than {BOX_LIMIT:,} boxes in common, or too many to compare",
+        "average those sliced alike, and convert the result with ema-avg rename",
+    )
 
 
 def _cut(tensor: Tensor) -> tuple[Box, ...]:

@@ -256,25 +256,23 @@ def trailed(content: bytes, kind: int) -> bytes:
 
 
 def snappy(content: bytes) -> bytes:
-    """A block compressed as snappy does: literals, and a copy where five bytes stood before."""
-    out, literal, at = varint(len(content)), b"", 0
-    seen: dict[bytes, int] = {}
+    """A block compressed as snappy does: literals, and copies of five bytes seen before."""
+    out, literal, seen, at = varint(len(content)), b"", {}, 0
+
+    def flushed() -> bytes:
+        return bytes([len(literal) - 1 << 2]) + literal if literal else b""
+
     while at < len(content):
         five = content[at : at + 5]
-        before = seen.get(five)
-        seen[five] = at
-        if before is None or len(five) < 5 or at - before > 60_000:
-            literal += content[at : at + 1]
-            at += 1
-            if len(literal) < 60:
-                continue
-        if literal:
-            out += bytes([len(literal) - 1 << 2]) + literal
-            literal = b""
-        if before is not None and len(five) == 5 and at - before <= 60_000 and seen[five] == at:
-            out += bytes([4 << 2 | 2]) + struct.pack("<H", at - before)
-            at += 5
-    return out + (bytes([len(literal) - 1 << 2]) + literal if literal else b"")
+        before = seen.setdefault(five, at) if len(five) == 5 else at
+        if 0 < at - before < 1 << 16:
+            out += flushed() + bytes([4 << 2 | 2]) + struct.pack("<H", at - before)
+            literal, at = b"", at + 5
+        else:
+            literal, at = literal + content[at : at + 1], at + 1
+        if len(literal) == 60:
+            out, literal = out + flushed(), b""
+    return out + flushed()
 
 
 def rewritten(prefix: Path, change: Callable[[Rows], None]) -> Path:
@@ -289,10 +287,12 @@ def rewritten(prefix: Path, change: Callable[[Rows], None]) -> Path:
     return prefix
 
 
-def tensorflow_run(folder: Path, values: Sequence[Tensors], gap: int = 100, **options: Any) -> Path:
+def tensorflow_run(
+    folder: Path, values: Sequence[Tensors], every: int = 100, **options: Any
+) -> Path:
     """Write one checkpoint per mapping, ``model.ckpt-100`` and so on."""
     for k, tensors in enumerate(values, start=1):
-        write_bundle(folder / f"model.ckpt-{k * gap}", tensors, **options)
+        write_bundle(folder / f"model.ckpt-{k * every}", tensors, **options)
     return folder
 
 

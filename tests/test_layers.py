@@ -38,7 +38,10 @@ ROWS: list[set[str]] = [
     {"formats.tensorflow.roles", "formats.tensorflow.opaque"},
     {"formats.tensorflow.graphs"},
     {"formats.tensorflow.places"},
-    {f"formats.tensorflow.{name}" for name in ("metagraph", "nodes", "objectgraph", "table", "entries")},
+    {
+        f"formats.tensorflow.{name}"
+        for name in ("metagraph", "nodes", "objectgraph", "table", "entries")
+    },
     {f"formats.tensorflow.{name}" for name in ("spans", "trackable", "block", "shapes")},
     {f"formats.tensorflow.{name}" for name in ("strings", "statefile", "snappy", "ordered")},
     {"formats.tensorflow.wire"},

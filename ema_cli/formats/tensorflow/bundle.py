@@ -133,7 +133,8 @@ def _index(path: str, raw: bytearray, known: Known) -> Index:
     before: Index | None = known.get((NAME, "index", len(raw)))
     if before is not None:
         structure = structure_of(before)
-        if not ((structure.raw != mine) & ~structure.free).any():
+        same_size = len(structure.raw) == len(mine)
+        if same_size and not ((structure.raw != mine) & ~structure.free).any():
             with damaged(path):
                 table.blocks(raw)  # whose checksums are among the bytes that may differ
             return before
