@@ -247,7 +247,7 @@ def _rename_prefix(layout: Layout, root: str, prefix: str, overwrite: bool) -> N
                 durable.sync_directory(os.path.dirname(prefix))
             _rename_new(_made(root, prefix, file.name), prefix + file.name, prefix)
     except BaseException:
-        for file in layout.files:
+        for file in reversed(layout.files):
             if not os.path.lexists(_made(root, prefix, file.name)):  # it has its name already
                 os.unlink(prefix + file.name)
         _restore_prefix(prefix, aside_of(prefix))
