@@ -21,11 +21,12 @@ _ATTEMPTS = 40
 _PAUSE = 0.05
 
 
-def announce(layout: Layout) -> list[str]:
+def announce(layout: Layout, *, written: bool = True) -> list[str]:
     """List a published prefix in the state file of its directory; returns what was left undone.
 
     Only where all checkpoints of the directory, and of its state file, are outputs of ours.
-    Elsewhere, and for other kinds of output, nothing happens.
+    Elsewhere, and for other kinds of output, nothing happens. What was `written` just now becomes
+    the latest; what stood there before keeps its place if it is listed.
     """
     if layout.kind != "prefix" or layout.path.endswith(tensorflow.IN_SAVED_MODEL):
         return []
@@ -33,7 +34,7 @@ def announce(layout: Layout) -> list[str]:
     path = os.path.join(folder, tensorflow.STATE_FILE)
     for patience in reversed(range(_ATTEMPTS)):
         try:
-            return _enlist(folder, name, path)
+            return _enlist(folder, name, path, written)
         except Locked:  # another output of this directory is being announced
             if not patience:
                 raise
@@ -41,13 +42,15 @@ def announce(layout: Layout) -> list[str]:
     return []
 
 
-def _enlist(folder: str, name: str, path: str) -> list[str]:
+def _enlist(folder: str, name: str, path: str, written: bool) -> list[str]:
     """Add a name to the state file at `path` unless that is somebody else's."""
     temporary = durable.beside(path, durable.TEMPORARY_SUFFIX)
     lock = durable.create_locked(temporary)
     waiting = True
     try:
         state = tensorflow.state_in(folder)
+        if state is not None and name in state.listed and not written:
+            return []
         others = _others(folder, name, state)
         foreign = others is None or (state is None and os.path.lexists(path))
         if foreign or not all(_made_by_us(prefix) for prefix in tensorflow.prefixes(folder or ".")):

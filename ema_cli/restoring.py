@@ -116,8 +116,11 @@ def _variables(index: Index, name: str) -> Mapping[str, Tensor]:
 def _recorded(checkpoint: Checkpoint) -> frozenset[str]:
     """Return the variables that an output of ours is an average of; empty for other checkpoints."""
     origin = provenance.load(checkpoint.path) or {}
-    names = [*origin.get("averaged", ()), *(pair["from"] for pair in origin.get("renamed", ()))]
-    return frozenset(names)
+    averaged, renamed = (origin.get(key) for key in ("averaged", "renamed"))
+    names = list(averaged) if isinstance(averaged, list) else []
+    if isinstance(renamed, list):
+        names += [pair.get("from") for pair in renamed if isinstance(pair, dict)]
+    return frozenset(name for name in names if isinstance(name, str))
 
 
 def _named(row: Restored, index: Index) -> Restored:

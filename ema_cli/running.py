@@ -108,7 +108,7 @@ def run_plan(
         notes = _write(plan, documents, overwrite, executor, on_event)
     for outcome, done in zip(plan.outcomes, same, strict=True):
         if done:  # also by a process that was killed before it said so
-            notes.extend(announce(outcome.layout))
+            notes.extend(announce(outcome.layout, written=False))
     outputs = tuple(
         Written(o.layout.path, "unchanged" if done else "written", o.layout.nbytes)
         for o, done in zip(plan.outcomes, same, strict=True)

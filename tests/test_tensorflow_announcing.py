@@ -187,3 +187,14 @@ def test_a_state_file_that_could_not_be_written_is_settled_by_the_next_run(
     cmd(*words(run, place))
     assert state_of(place).latest == "out"
     assert not [name for name in os.listdir(place) if name.startswith(".")]
+
+
+def test_an_older_output_found_unchanged_does_not_become_the_latest(tmp_path: Path) -> None:
+    """Running the same command again changes nothing, least of all what an evaluation takes."""
+    run = tensorflow_run(tmp_path / "run", [{"w": np.float32([k])} for k in (1, 2, 3)])
+    place = tmp_path / "eval"
+    for steps in (":200", ":300", ":200"):
+        cmd("run", run, "-o", f"{place}/", "--average", "mean", "--steps", steps)
+    state = (place / "checkpoint").read_text()
+    assert state.splitlines()[0] == 'model_checkpoint_path: "model.ckpt-300"'
+    assert state.count("all_model_checkpoint_paths") == 2
