@@ -110,6 +110,8 @@ def is_run(path: str, choice: Choice) -> bool:
         return True
     if tensorflow.saved_model_in(path) is not None:
         return False
+    if _is_prefix(path) and not os.listdir(path):
+        return False  # a checkpoint, beside an empty directory of its name
     indexes, weights = sharded.contents(path)
     if not indexes and (len(weights) != 1 or step_from_name(weights[0]) is not None):
         return True
