@@ -20,7 +20,8 @@ from ema_cli.naming import SHADOW_NAME, Rule
 from ema_cli.plan import Plan, Request
 from ema_cli.restoring import RestoreMap, restored
 from ema_cli.running import OnEvent, RunResult, produce, refuse_warnings, run_plan
-from ema_cli.runs import ORDERS, Choice, Run, find, find_one, is_run
+from ema_cli.runs import ORDERS, Run, find, find_one, is_run
+from ema_cli.search import Choice
 from ema_cli.selection import STATISTICS
 from ema_cli.tensors import AVERAGED_DTYPES, Checkpoint
 from ema_cli.text import shorten

@@ -8,7 +8,7 @@ import re
 from ema_cli.averages import Average, Ema
 from ema_cli.layout import Wishes
 from ema_cli.plan import Request
-from ema_cli.runs import Choice
+from ema_cli.search import Choice
 from ema_cli.specs import default_label
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ema_cli import kernel, ranges, runs
+from ema_cli import kernel, ranges, runs, search
 from ema_cli.averages import Average
 from ema_cli.blueprint import Layout
 from ema_cli.durable import free_bytes
@@ -43,7 +43,7 @@ class Request:
     output: str | None
     averages: tuple[Average, ...]
     implicit: bool = False
-    choice: runs.Choice = field(default_factory=runs.Choice)
+    choice: search.Choice = field(default_factory=search.Choice)
     rules: tuple[Rule, ...] = ()
     statistics: str = "average"
     shadow_dtype: str = "auto"

@@ -19,7 +19,8 @@ from ema_cli.engine import Progress
 from ema_cli.errors import InputError, UsageError
 from ema_cli.output import Unpublished
 from ema_cli.plan import Outcome, Plan
-from ema_cli.runs import PassedOver, Run
+from ema_cli.runs import Run
+from ema_cli.search import PassedOver
 from ema_cli.tensors import Stamp
 from ema_cli.text import shorten
 from ema_cli.verifying import Verifier

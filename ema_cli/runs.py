@@ -1,58 +1,21 @@
-"""Finds the checkpoints of a run, orders them by step, and says what it passed over and why."""
+"""The checkpoints of a run: found or named, in order of their steps, and chosen among."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ema_cli import formats, provenance
-from ema_cli.durable import is_temporary
+from ema_cli import formats
 from ema_cli.errors import Disagreement, InputError, NothingToAverage, UsageError
-from ema_cli.formats import Known, foreign, sharded, tensorflow
-from ema_cli.steps import Step, compile_step_from, save_counter, step_from_name, stored_step
+from ema_cli.formats import Known, sharded, tensorflow
+from ema_cli.search import NUMBERED_FOLDER, Choice, PassedOver, is_prefix, search, with_step
+from ema_cli.steps import step_from_name
 from ema_cli.tensors import Checkpoint
-from ema_cli.text import command, plural, shorten
+from ema_cli.text import command, shorten
 
 ORDERS = ("step", "given")
-
-_ALIAS = re.compile(r"(?:last|latest|best|final|current|newest)(?:[._-]|$)", re.IGNORECASE)
-_TEMPORARY = re.compile(
-    r"(?:^|[._-])(?:tmp|temp|partial|incomplete)(?:[._-]|$)|\.part$|\.tempstate\d*$|~$|^tmp",
-    re.IGNORECASE,
-)
-_NO_INDEX = "its index is missing: still being written, or deleted"
-_NUMBERED_FOLDER = re.compile(
-    r"(?:checkpoint|ckpt|step|iter(?:ation)?)s?[=_-]?\d+$|^\d+$", re.IGNORECASE
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """Which checkpoints of the input to take; the options of the same names."""
-
-    glob: str | None = None
-    last: int | None = None
-    steps: tuple[int | None, int | None, int | None] | None = None
-    step_from: str | None = None
-    order: str = "step"
-
-
-@dataclass(frozen=True, slots=True)
-class PassedOver:
-    """An entry of a run directory that was not taken.
-
-    Attributes:
-        path: the entry.
-        reason: why, one clause.
-        unusable: it looks like a checkpoint that should have been usable (exit code 3).
-    """
-
-    path: str
-    reason: str
-    unusable: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +55,7 @@ def find(paths: Sequence[str], choice: Choice, known: Known | None = None) -> Ru
     for path in paths:
         if not os.path.lexists(path) and tensorflow.prefix_of(path) is None:
             raise InputError(f"{shorten(path, 1000)}: no such file or directory")
-    found = _search(paths[0], choice, known) if searching else _named(paths, choice, known)
+    found = _searched(paths[0], choice, known) if searching else _named(paths, choice, known)
     found = _filtered(_ordered(found, choice, explicit=not found.searched), choice)
     if not found.checkpoints:
         raise _nothing(paths, found.passed_over)
@@ -101,7 +64,7 @@ def find(paths: Sequence[str], choice: Choice, known: Known | None = None) -> Ru
 
 def find_one(path: str) -> Checkpoint:
     """Return the checkpoint at `path` with its step, if anything tells one."""
-    return _with_step(formats.read(path, {}), Choice())
+    return with_step(formats.read(path, {}), Choice())
 
 
 def is_run(path: str, choice: Choice) -> bool:
@@ -110,13 +73,13 @@ def is_run(path: str, choice: Choice) -> bool:
         return True
     if tensorflow.saved_model_in(path) is not None:
         return False
-    if _is_prefix(path) and not os.listdir(path):
+    if is_prefix(path) and not os.listdir(path):
         return False  # a checkpoint, beside an empty directory of its name
     indexes, weights = sharded.contents(path)
     if not indexes and (len(weights) != 1 or step_from_name(weights[0]) is not None):
         return True
     with os.scandir(path) as entries:
-        numbered = [e.path for e in entries if e.is_dir() and _NUMBERED_FOLDER.search(e.name)]
+        numbered = [e.path for e in entries if e.is_dir() and NUMBERED_FOLDER.search(e.name)]
     return any(sharded.is_checkpoint(folder) for folder in numbered)
 
 
@@ -131,243 +94,13 @@ def _nothing(paths: Sequence[str], passed_over: Sequence[PassedOver]) -> Nothing
     )
 
 
-# ---------------------------------------------------------------------------- a directory
-
-
-def _search(root: str, choice: Choice, known: Known) -> Run:
-    entries = sorted(os.listdir(root))
-    candidates, passed_over = _candidates(root, entries, choice)
-    candidates, parts = _grouped(root, candidates)
-    passed_over += parts
-    flat = choice.glob is None and any(_is_prefix(os.path.join(root, c)) for c in candidates)
-    paths = [os.path.join(root, name) for name in candidates]
-    entries_of = [_entry_of(path) for path in paths]
-    siblings = {os.path.realpath(path) for path in entries_of if not os.path.islink(path)}
-    checkpoints: list[Checkpoint] = []
-    seen: set[tuple[int, int]] = set()
-    for name in candidates:
-        path = os.path.join(root, name)
-        outcome = (
-            _reason_by_name(path, siblings)
-            or _reason_by_identity(path, seen)
-            or _reason_by_place(path, flat)
-        )
-        taken = outcome or _read(path, name, choice, known)
-        if isinstance(taken, Checkpoint):
-            checkpoints.append(taken)
-        else:
-            passed_over.append(taken)
-    return _settle(root, checkpoints, passed_over)
-
-
-def _candidates(
-    root: str, entries: Sequence[str], choice: Choice
-) -> tuple[list[str], list[PassedOver]]:
-    if choice.glob is None:
-        return list(entries), []
-    import fnmatch
-    import glob as globbing  # only with --glob
-
-    matched = sorted(globbing.glob(choice.glob, root_dir=root))
-    for name in entries:  # the name of a TensorFlow checkpoint is none of its files'
-        stem = tensorflow.stem_of(name)
-        if stem is not None and name not in matched and fnmatch.fnmatchcase(stem, choice.glob):
-            matched.append(name)
-    firsts = {tensorflow.stem_of(name) or name for name in (m.split("/", 1)[0] for m in matched)}
-    skipped = {tensorflow.stem_of(name) or name for name in entries} - firsts
-    return matched, [
-        PassedOver(os.path.join(root, name), "not matched by --glob") for name in sorted(skipped)
-    ]
-
-
-def _grouped(root: str, names: Sequence[str]) -> tuple[list[str], list[PassedOver]]:
-    """Put the prefix of a TensorFlow checkpoint in the place of its files, each once.
-
-    Of files whose index is not there one is told, with the reason.
-    """
-    grouped: dict[str, None] = {}
-    parts: dict[str, PassedOver] = {}
-    for name in names:
-        stem = tensorflow.stem_of(name)
-        path = os.path.join(root, name)
-        if os.path.isdir(path) or os.path.basename(name).startswith("."):
-            grouped[name] = None  # also in the place of a prefix of this name
-        elif os.path.basename(name) == tensorflow.STATE_FILE:
-            parts[name] = PassedOver(path, "TensorFlow's state file")
-        elif stem is None:
-            grouped[name] = None
-        elif _is_prefix(os.path.join(root, stem)):
-            grouped[stem] = None
-        elif not name.endswith(tensorflow.SUFFIX):
-            graph = name.endswith(tensorflow.META_SUFFIX)
-            reason = "a graph without its checkpoint" if graph else _NO_INDEX
-            parts.setdefault(stem, PassedOver(path, reason))
-        else:
-            grouped[name] = None
-    return list(grouped), list(parts.values())
-
-
-def _entry_of(path: str) -> str:
-    """Return the file or folder that is there for a checkpoint: of a prefix, its index."""
-    return path + tensorflow.SUFFIX if _is_prefix(path) else path
-
-
-def _is_prefix(path: str) -> bool:
-    return tensorflow.prefix_of(path) == path
-
-
-def _reason_by_place(path: str, flat: bool) -> PassedOver | None:
-    """A folder of TensorFlow checkpoints is no checkpoint of the run around it."""
-    if not os.path.isdir(path) or _is_prefix(path):
-        return None
-    if tensorflow.saved_model_in(path) is not None:
-        return None
-    inside = len(tensorflow.prefixes(path))
-    if inside > 1 or (inside and flat):
-        return PassedOver(path, f"a folder with {plural(inside, 'checkpoint')} of its own")
-    return None
-
-
-def _reason_by_name(path: str, siblings: set[str]) -> PassedOver | None:
-    name = os.path.basename(path)
-    bare = name.lstrip(".")
-    reason = ""
-    if is_temporary(name):
-        reason = "left by an interrupted run of ema-avg"
-    elif name.endswith(provenance.SUFFIX):
-        reason = "tells where an output came from"
-    elif name.startswith("."):
-        reason = "hidden"
-    elif _TEMPORARY.search(bare):
-        reason = "a temporary name: still being written, or left over"
-    elif os.path.islink(_entry_of(path)) and os.path.realpath(_entry_of(path)) in siblings:
-        reason = "a link to another entry"
-    elif _ALIAS.match(name) and step_from_name(name) is None:
-        reason = "an alias: its name tells no step"
-    elif provenance.load(path) is not None:
-        reason = "an output of ema-avg"
-    return PassedOver(path, reason) if reason else None
-
-
-def _reason_by_identity(path: str, seen: set[tuple[int, int]]) -> PassedOver | None:
-    try:
-        status = os.stat(_entry_of(path))
-    except OSError as error:
-        return PassedOver(path, os.strerror(error.errno or 0), unusable=_promising(path))
-    identity = (status.st_dev, status.st_ino)
-    if identity in seen:
-        return PassedOver(path, "a link to another entry")
-    seen.add(identity)
-    return None
-
-
-def _promising(path: str) -> bool:
-    """Whether the name alone says that a checkpoint is meant."""
-    named = any(path.endswith(f.suffix) for f in formats.FORMATS.values() if f.suffix)
-    return named or _is_prefix(path)
-
-
-def _read(path: str, within: str, choice: Choice, known: Known) -> Checkpoint | PassedOver:
-    try:
-        name = formats.detect(path)
-        if name is None:
-            return _foreign(path)
-        checkpoint = dataclasses.replace(formats.read_as(name, path, known), within=within)
-        return _with_step(checkpoint, choice)
-    except InputError as error:
-        reason = error.message.removeprefix(f"{shorten(path, 1000)}: ")
-        return PassedOver(path, reason, unusable=_promising(path) or os.path.isdir(path))
-
-
-def _foreign(path: str) -> PassedOver:
-    if os.path.isdir(path):
-        _, weights = sharded.contents(path)
-        if weights:
-            reason = f"{plural(len(weights), 'weights file')} and no index"
-            return PassedOver(path, reason, unusable=True)
-        known = foreign.recognise(path)
-        if known is None:
-            return PassedOver(path, "a folder without weights", unusable=_promising(path))
-    if tensorflow.is_v1(path):
-        return PassedOver(path, tensorflow.V1)
-    known = foreign.recognise(path)
-    reason = f"{known.title}: not read by this version" if known else "not a checkpoint"
-    return PassedOver(path, reason)
-
-
-def _with_step(checkpoint: Checkpoint, choice: Choice) -> Checkpoint:
-    """Return the checkpoint with its step: the stored one wins, a name that differs is noted."""
-    told = _told_step(checkpoint, compile_step_from(choice.step_from))
-    stored = stored_step(checkpoint) or _recorded_step(checkpoint)
-    if stored is None:
-        return dataclasses.replace(checkpoint, step=told)
-    notes = checkpoint.notes
-    if told is not None and told not in (stored.value, save_counter(checkpoint)):
-        where = shorten(checkpoint.path, 1000)
-        notes += (f"{where}: its {stored.source} says step {stored.value}, its name says {told}",)
-    return dataclasses.replace(checkpoint, step=stored.value, notes=notes)
-
-
-def _recorded_step(checkpoint: Checkpoint) -> Step | None:
-    """Return the step an output of ours was made at; its name may hold any number."""
-    origin = provenance.load(checkpoint.path)
-    step = origin["output"].get("step") if origin else None
-    return Step(step, "provenance") if type(step) is int else None
-
-
-def _told_step(checkpoint: Checkpoint, expression: re.Pattern[str] | None) -> int | None:
-    """Return the step told by the name, or by the folders it lies in, innermost first.
-
-    Within a run all folders down from its directory are asked; of a checkpoint that was named
-    only the folder it lies in, when that is called as a checkpoint's folder is.
-    """
-    parts = checkpoint.name.split("/")
-    if not checkpoint.within:
-        path = checkpoint.path.rstrip("/").removesuffix(tensorflow.IN_SAVED_MODEL)
-        parts = [os.path.basename(path)]
-        folder = os.path.basename(os.path.dirname(path))
-        parts = [folder, *parts] if _NUMBERED_FOLDER.fullmatch(folder) else parts
-    steps = (step_from_name(part, expression) for part in reversed(parts))
-    return next((step for step in steps if step is not None), None)
-
-
-def _settle(root: str, checkpoints: list[Checkpoint], passed_over: list[PassedOver]) -> Run:
-    """Pass over unnumbered weights beside numbered folders; tell the newest when incomplete."""
-    numbered_folders = any(c.step is not None and os.path.isdir(c.path) for c in checkpoints)
-    taken = []
-    for checkpoint in checkpoints:
-        at_root = os.path.dirname(checkpoint.path) == root.rstrip("/")
-        unnumbered = os.path.isfile(checkpoint.path) and step_from_name(checkpoint.name) is None
-        if numbered_folders and at_root and unnumbered:
-            passed_over.append(PassedOver(checkpoint.path, "unnumbered weights at the run's root"))
-        else:
-            taken.append(checkpoint)
-    newest = max((c.step for c in taken if c.step is not None), default=-1)
-    marked = tuple(_mark_newest(entry, newest) for entry in passed_over)
-    return Run(tuple(taken), marked, searched=True)
-
-
-def _mark_newest(entry: PassedOver, newest: int) -> PassedOver:
-    """A numbered folder without weights is a checkpoint being written if it is the newest.
-
-    So is TensorFlow's data without its index.
-    """
-    name = os.path.basename(entry.path)
-    if entry.reason == _NO_INDEX:
-        step = step_from_name(tensorflow.stem_of(name) or name)
-        return dataclasses.replace(entry, unusable=step is not None and step > newest)
-    if entry.reason == "a folder without weights" and _NUMBERED_FOLDER.search(name):
-        step = step_from_name(name)
-        if step is not None and step > newest:
-            return PassedOver(entry.path, "the newest, but it holds no weights yet", unusable=True)
-    return entry
-
-
-# ---------------------------------------------------------------------------- named checkpoints
+def _searched(root: str, choice: Choice, known: Known) -> Run:
+    checkpoints, passed_over = search(root, choice, known)
+    return Run(tuple(checkpoints), tuple(passed_over), searched=True)
 
 
 def _named(paths: Sequence[str], choice: Choice, known: Known) -> Run:
-    checkpoints = [_with_step(formats.read(path, known), choice) for path in paths]
+    checkpoints = [with_step(formats.read(path, known), choice) for path in paths]
     if all(checkpoint.step is None for checkpoint in checkpoints):
         note = "no steps found: the given order counts, one step each"
         numbered = [dataclasses.replace(c, step=k) for k, c in enumerate(checkpoints, start=1)]

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from helpers import write_checkpoint
 
-from ema_cli.runs import Choice, Run, find
+from ema_cli.runs import Run, find
+from ema_cli.search import Choice
 
 W = {"w": np.float32([1])}
 

@@ -30,6 +30,7 @@ ROWS: list[set[str]] = [
     {"regions", "layout"},
     {"selection"},
     {"runs"},
+    {"search"},
     {"provenance", "steps"},
     {"formats"},
     {"formats.sharded", "formats.tensorflow"},

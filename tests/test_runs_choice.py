@@ -13,7 +13,8 @@ from run_folders import W, passed_over, search, step_files, step_folders
 
 import ema_cli
 from ema_cli.errors import NothingToAverage, UsageError
-from ema_cli.runs import Choice, find
+from ema_cli.runs import find
+from ema_cli.search import Choice
 
 # ---------------------------------------------------------------------------- selection
 

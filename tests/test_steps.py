@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from ema_cli import formats
 from ema_cli.errors import Disagreement, UsageError
-from ema_cli.runs import Choice, find
+from ema_cli.runs import find
+from ema_cli.search import Choice
 from ema_cli.steps import Step, compile_step_from, step_from_name, stored_step
 from ema_cli.tensors import Checkpoint
 
