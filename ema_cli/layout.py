@@ -149,7 +149,9 @@ def lay_out(
     chosen = output_format(path, wishes, last)
     names = output_names(wishes, chosen, last.index)
     template = _is_template(wishes, chosen, names, last, selection)
-    keep_optimizer = wishes.optimizer == "keep" or (wishes.optimizer == "auto" and template)
+    # What an object graph names must be there, or tf.train.Checkpoint cannot restore the whole.
+    whole = template or (chosen == last.index.format and naming.OBJECT_GRAPH in last.index.by_name)
+    keep_optimizer = wishes.optimizer == "keep" or (wishes.optimizer == "auto" and whole)
     entries = _entries(selection, wishes, names, last.index, keep_optimizer, updates is not None)
     if template:  # whose shadows become the average too, so that whoever restores them gets it
         by_name = last.index.by_name

@@ -176,6 +176,14 @@ def _frozen(plan: Plan, outcome: Outcome) -> Iterator[PlanWarning]:
 
 
 def _names(request: Request, outcome: Outcome) -> Iterator[PlanWarning]:
+    lost = [name for name, reason in outcome.layout.left_out if reason == "optimizer state"]
+    if lost and OBJECT_GRAPH in outcome.layout.places:
+        yield PlanWarning(
+            "object-graph",
+            f"the object graph names {plural(len(lost), 'tensor')} that are left out: "
+            "tf.train.Checkpoint(...).restore finds them missing where an optimizer asks for them",
+            "leave out --optimizer drop",
+        )
     if request.wishes.names != "shadow":
         return
     found = f"will not find {plural(len(outcome.selection.averaged), 'tensor')}"

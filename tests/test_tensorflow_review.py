@@ -152,3 +152,14 @@ def test_several_checkpoints_where_one_is_meant(tmp_path: Path) -> None:
     """The error names them."""
     run = tensorflow_run(tmp_path / "run", [{"w": vector(k)} for k in (1, 2)])
     assert "found 2: model.ckpt-100, model.ckpt-200" in cmd("map", run, code=12).err
+
+
+def test_an_object_graph_keeps_what_it_names(tmp_path: Path) -> None:
+    """Another dtype is a new layout, which elsewhere drops optimizer state."""
+    run = GRAPH.parent / "keras" / "compiled"
+    words = ["run", run, "--average", "mean", "-o"]
+    assert "[" not in cmd(*words, tmp_path / "half", "--dtype", "float16").err
+    assert set(read_bundle(tmp_path / "half")) == set(read_bundle(run / "ckpt-4"))
+    err = cmd(*words, tmp_path / "small", "--optimizer", "drop").err
+    assert "7 tensors that are left out" in err
+    assert "[object-graph]" in err
