@@ -7,10 +7,10 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
+from typing import TYPE_CHECKING
 
-from ema_cli import files, machine, renaming, specs
+from ema_cli import files, machine, specs
 from ema_cli import plan as planning
-from ema_cli.comparison import Difference, compare
 from ema_cli.destination import check_destination, repair
 from ema_cli.errors import InputError, UsageError
 from ema_cli.formats import read
@@ -18,7 +18,6 @@ from ema_cli.kernel import SHADOW_DTYPES
 from ema_cli.layout import NAMES, OPTIMIZER, Wishes
 from ema_cli.naming import SHADOW_NAME, Rule
 from ema_cli.plan import Plan, Request
-from ema_cli.restoring import RestoreMap, restored
 from ema_cli.running import OnEvent, RunResult, produce, refuse_warnings, run_plan
 from ema_cli.runs import ORDERS, Run, find, find_one, is_run
 from ema_cli.search import Choice
@@ -26,6 +25,11 @@ from ema_cli.selection import STATISTICS
 from ema_cli.tensors import AVERAGED_DTYPES, Checkpoint
 from ema_cli.text import shorten
 from ema_cli.warnings import warnings
+
+if TYPE_CHECKING:
+    from ema_cli.comparison import Difference
+    from ema_cli.renaming import Renamed
+    from ema_cli.restoring import RestoreMap
 
 Select = Sequence[tuple[str, str]]
 _WEIGHTS_FILE_LIMIT = 16 << 20
@@ -247,6 +251,8 @@ def restore_map(
             variables.
         name: of the shadows.
     """
+    from ema_cli.restoring import restored
+
     return restored(read(os.fspath(checkpoint), {}), program, _rules(select), name)
 
 
@@ -262,6 +268,8 @@ def diff(
     Exact by default: names, dtypes, shapes and bits. With a tolerance two values agree when
     ``|a - b| <= atol + rtol * |b|`` in float64, whatever their dtypes.
     """
+    from ema_cli.comparison import compare
+
     if not (0 <= atol < float("inf") and 0 <= rtol < float("inf")):
         raise UsageError(f"--atol and --rtol: expected numbers >= 0, found {atol} and {rtol}")
     return compare(read(os.fspath(a), {}), read(os.fspath(b), {}), atol, rtol)
@@ -282,7 +290,7 @@ def rename(
     workers: int | None = None,
     executor: Executor | None = None,
     dry_run: bool = False,
-) -> renaming.Renamed:
+) -> Renamed:
     """Write a copy of a checkpoint under other names; the values stay bit for bit.
 
     Args:
@@ -300,6 +308,8 @@ def rename(
 
     Raises `Disagreement` when two tensors would get one name or nothing would be renamed.
     """
+    from ema_cli import renaming
+
     if names not in (None, *renaming.TOWARDS):
         raise UsageError(f"names: expected shadow or variable, found '{shorten(names)}'")
     _check_workers(workers)

@@ -144,6 +144,17 @@ if not hasattr(os, "preadv"):  # pragma: no cover
     _preadv = _pread_copy
 
 
+def read_at(path: str, offset: int, n_bytes: int) -> bytearray:
+    """Return a few bytes of the regular file `path`."""
+    data = bytearray(n_bytes)
+    fd = open_input(path)
+    try:
+        read_exact(fd, memoryview(data), offset, path)
+    finally:
+        os.close(fd)
+    return data
+
+
 def read_small(path: str, limit: int) -> bytes:
     """Return the whole contents of a small regular file of at most `limit` bytes."""
     fd = open_input(path)

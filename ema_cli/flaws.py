@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 
 from ema_cli.errors import EmaError, NonFinite
-from ema_cli.files import open_input, read_exact
+from ema_cli.files import read_at
 from ema_cli.plan import Plan
 from ema_cli.regions import stretches
 from ema_cli.tasks import Flaw, Piece, Source
@@ -54,12 +52,7 @@ def _offset(piece: Piece, source: Source, element: int) -> int:
 def _value(plan: Plan, piece: Piece, source: Source, element: int) -> float:
     dtype = numpy_dtype(source.dtype)
     stamp = plan.inputs[source.file]
-    raw = bytearray(dtype.itemsize)
-    fd = open_input(stamp.path)
-    try:
-        read_exact(fd, memoryview(raw), _offset(piece, source, element), stamp.path)
-    finally:
-        os.close(fd)
+    raw = read_at(stamp.path, _offset(piece, source, element), dtype.itemsize)
     if source.swap:
         raw.reverse()
     return float(np.frombuffer(raw, dtype)[0])

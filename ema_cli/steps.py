@@ -11,7 +11,7 @@ import numpy as np
 
 from ema_cli.checksums import crc32c
 from ema_cli.errors import DamagedFile, InputError, UsageError
-from ema_cli.files import open_input, read_exact, read_small
+from ema_cli.files import read_at, read_small
 from ema_cli.naming import STEP_NAMES, VALUE_SUFFIX
 from ema_cli.tensors import Checkpoint, Tensor, numpy_dtype
 from ema_cli.text import shorten
@@ -125,12 +125,7 @@ def _scalar(checkpoint: Checkpoint, tensor: Tensor) -> int | None:
     if tensor.elements != 1 or tensor.dtype.bits < 8 or tensor.slices:
         return None
     stamp = checkpoint.files[tensor.extent.file]
-    raw = bytearray(tensor.extent.nbytes)
-    fd = open_input(stamp.path)
-    try:
-        read_exact(fd, memoryview(raw), tensor.extent.offset, stamp.path)
-    finally:
-        os.close(fd)
+    raw = read_at(stamp.path, tensor.extent.offset, tensor.extent.nbytes)
     if checkpoint.checksums is not None:
         expected = int(checkpoint.checksums[checkpoint.index.ordinals[tensor.extent]])
         if (found := crc32c(raw)) != expected:

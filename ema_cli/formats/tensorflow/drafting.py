@@ -13,7 +13,7 @@ from ema_cli.blueprint import Draft, Entry, File, Layout
 from ema_cli.checksums import crc32c, masked
 from ema_cli.formats.tensorflow import bundle, entries, ordered, places, table
 from ema_cli.formats.tensorflow.entries import DTYPE_NUMBERS, Header
-from ema_cli.tensors import NO_FILE, Checkpoint, DType, Extent, Slice, Tensor
+from ema_cli.tensors import NO_FILE, Checkpoint, Extent, Slice, Tensor
 
 # TensorFlow cannot restore a sliced tensor of this dtype whole ("Dtype half not supported"), so
 # no averaged tensor becomes one. What is sliced in it already stays.
@@ -22,11 +22,6 @@ _NEVER_SLICED = "float16"
 _UNKNOWN = 1
 _CRC_BYTES = 4
 _TRAILER_BYTES = 5
-
-
-def representable(dtype: DType) -> bool:
-    """Whether a TensorFlow checkpoint can hold this dtype."""
-    return dtype.name in DTYPE_NUMBERS
 
 
 def can_name(name: str) -> bool:
@@ -57,14 +52,8 @@ def template(last: Checkpoint) -> Draft:
     return Draft([*data, _index_file(index)], last.index.by_name)
 
 
-def template_known_as(layout: Layout) -> tuple[object, ...]:
-    """Return the key in `Known` of an output whose index differs in checksums only."""
-    return places.NAME, "index", layout.files[-1].nbytes
-
-
-def fresh(wanted: Sequence[Entry], last: Checkpoint, limit: int | None) -> Draft:
+def fresh(wanted: Sequence[Entry], last: Checkpoint) -> Draft:
     """Return one new shard with the wanted entries, slices as they were, and its index."""
-    del limit
     placed: dict[str, Tensor] = {}
     end = 0
     for entry in sorted(wanted, key=lambda entry: _key(entry.name)):
