@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from ema_cli import files, machine, specs
 from ema_cli import plan as planning
 from ema_cli.destination import check_destination, repair
-from ema_cli.errors import InputError, UsageError
-from ema_cli.formats import read
+from ema_cli.errors import Disagreement, InputError, NothingToAverage, UsageError
+from ema_cli.formats import detect, read
+from ema_cli.formats.tensorflow import prefixes
 from ema_cli.kernel import SHADOW_DTYPES
 from ema_cli.layout import NAMES, OPTIMIZER, Wishes
 from ema_cli.naming import SHADOW_NAME, Rule
@@ -229,7 +230,13 @@ def inspect(path: str | os.PathLike[str]) -> Checkpoint | Run:
     """
     text = os.fspath(path)
     if os.path.isdir(text) and is_run(text, Choice()):
-        return find([text], Choice())
+        try:
+            return find([text], Choice())
+        except (NothingToAverage, Disagreement) as error:
+            # Outputs of ours, or one checkpoint without a step, can be looked at all the same.
+            several = isinstance(error, Disagreement) and len(prefixes(text)) > 1
+            if several or detect(text) is None:
+                raise
     return find_one(text)
 
 

@@ -163,3 +163,11 @@ def test_an_object_graph_keeps_what_it_names(tmp_path: Path) -> None:
     err = cmd(*words, tmp_path / "small", "--optimizer", "drop").err
     assert "7 tensors that are left out" in err
     assert "[object-graph]" in err
+
+
+def test_a_directory_of_outputs_can_be_looked_at(tmp_path: Path) -> None:
+    """Outputs are no run, but the latest of them is a checkpoint; so is one without a step."""
+    cmd("run", GRAPH, "-o", f"{tmp_path}/eval/", "--decay", "0.9")
+    found = cmd("inspect", tmp_path / "eval")
+    assert "an average made by ema-avg: ema:0.9" in found.err
+    assert "tensorflow: 2 tensors" in cmd("inspect", GRAPH.parent / "keras" / "plain").err
