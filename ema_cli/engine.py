@@ -15,7 +15,7 @@ from ema_cli import kernel
 from ema_cli.blueprint import COPY
 from ema_cli.files import handle_limit
 from ema_cli.plan import BLOCK_ELEMENTS, TASK_ELEMENTS, Plan, block_elements
-from ema_cli.ranges import Copy, Range, Target
+from ema_cli.ranges import Copy, Range
 from ema_cli.schedules import counting
 from ema_cli.tasks import Accumulator, Done, Flaw, Part, Piece, Source, Task, Unit
 from ema_cli.tensors import DTYPES, numpy_dtype, swap_width
@@ -103,27 +103,20 @@ def pieces(plan: Plan) -> Iterator[Piece]:
         divisors = [
             s.debias_factor(numpy_dtype(shadow)) if s.zero_debias else None for s in plan.schedules
         ]
+        sources = _sources(plan, work, used)
+        accumulators = tuple(
+            Accumulator(c, divisor, targets)
+            for c, divisor, targets in zip(coefficients, divisors, work.targets, strict=True)
+            if targets
+        )
         for start in range(0, work.elements, TASK_ELEMENTS):
             count = min(TASK_ELEMENTS, work.elements - start)
-            yield Piece(
-                shadow,
-                count,
-                start,
-                _sources(plan, work, used, start),
-                tuple(
-                    Accumulator(c, divisor, _targets(targets, start))
-                    for c, divisor, targets in zip(
-                        coefficients, divisors, work.targets, strict=True
-                    )
-                    if targets
-                ),
-                work.group,
-            )
+            yield Piece(shadow, count, start, sources, accumulators, work.group)
     for copy in plan.copies:
         yield from _copied_pieces(copy)
 
 
-def _sources(plan: Plan, work: Range, used: Sequence[int], start: int) -> tuple[Source, ...]:
+def _sources(plan: Plan, work: Range, used: Sequence[int]) -> tuple[Source, ...]:
     width = DTYPES[work.dtype].bits // 8
     sources = []
     for k in used:
@@ -134,7 +127,7 @@ def _sources(plan: Plan, work: Range, used: Sequence[int], start: int) -> tuple[
         sources.append(
             Source(
                 plan.first_input[k] + file,
-                offset if grid else offset + start * width,
+                offset,
                 work.dtype,
                 swap_width(work.dtype) if checkpoint.index.big_endian else 0,
                 grid,
@@ -144,25 +137,13 @@ def _sources(plan: Plan, work: Range, used: Sequence[int], start: int) -> tuple[
     return tuple(sources)
 
 
-def _targets(targets: Sequence[Target], start: int) -> tuple[Target, ...]:
-    return tuple(
-        t
-        if t.grid
-        else t._replace(
-            offset=t.offset + start * (1 if t.dtype == COPY else DTYPES[t.dtype].bits // 8)
-        )
-        for t in targets
-    )
-
-
 def _copied_pieces(copy: Copy) -> Iterator[Piece]:
     step = TASK_ELEMENTS * 4
     file, offset, grid, unit = copy.place
     unit = unit or (offset, offset + copy.nbytes)
+    sources = (Source(file, offset, COPY, 0, grid, unit if copy.checked else None),)
+    accumulators = (Accumulator((1.0,), None, copy.targets),)
     for start in range(0, copy.nbytes, step):
-        at = offset if grid else offset + start
-        source = Source(file, at, COPY, 0, grid, unit if copy.checked else None)
-        accumulator = Accumulator((1.0,), None, _targets(copy.targets, start))
         count = min(step, copy.nbytes - start)
         # Ranges to average count their groups upwards from 0.
-        yield Piece(COPY, count, start, (source,), (accumulator,), -1 - copy.group)
+        yield Piece(COPY, count, start, sources, accumulators, -1 - copy.group)

@@ -43,10 +43,7 @@ def _wider(dtype: str) -> str:
 def _offset(piece: Piece, source: Source, element: int) -> int:
     """Return where in its file an element of a piece lies."""
     width = numpy_dtype(source.dtype).itemsize
-    if source.grid is None:
-        return source.offset + element * width
-    first = piece.start + element
-    return next(stretches(source.offset, source.grid, width, first, 1))[0]
+    return next(stretches(source.offset, source.grid, width, piece.start + element, 1))[0]
 
 
 def _value(plan: Plan, piece: Piece, source: Source, element: int) -> float:

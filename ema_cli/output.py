@@ -6,6 +6,7 @@ Nothing half-written ever has a final name.
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any
@@ -101,12 +102,16 @@ class Unpublished:
         and none of a file copied whole.
         """
         crc_of: dict[Extent, int] = {}
-        sums = [self._checksums(executor, ordinal, crc_of) for ordinal in self._data()]
         seal = FORMATS[self.layout.format].seal
+        wanted = self._extents() if seal is not None else {}
+        sums = [
+            self._checksums(executor, ordinal, wanted.get(ordinal, ()), crc_of)
+            for ordinal in range(len(self.paths) - (seal is not None))
+        ]
         if seal is not None:
             ordinal, data = seal(self.layout, crc_of)
             self._write(self.paths[ordinal], data)
-            sums.insert(ordinal, self._checksums(executor, ordinal, {}))
+            sums.insert(ordinal, self._checksums(executor, ordinal, (), {}))
         self._check_index()
         for path in self.paths:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -118,11 +123,6 @@ class Unpublished:
             durable.sync(self._lock, self.root)
         return [(os.path.getsize(path), some) for path, some in zip(self.paths, sums, strict=True)]
 
-    def _data(self) -> Sequence[int]:
-        """Return the ordinals of the files that are finished before the output is sealed."""
-        sealed = FORMATS[self.layout.format].seal is not None
-        return range(len(self.paths) - sealed)
-
     def _write(self, path: str, data: bytes) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
@@ -132,13 +132,14 @@ class Unpublished:
         finally:
             os.close(fd)
 
-    def _checksums(self, executor: Executor, ordinal: int, crc_of: dict[Extent, int]) -> list[str]:
-        """Return the checksums of a file, and add those of its extents to `crc_of` if wanted."""
+    def _checksums(
+        self, executor: Executor, ordinal: int, wanted: Sequence[Extent], crc_of: dict[Extent, int]
+    ) -> list[str]:
+        """Return the checksums of a file, and add those of the wanted extents to `crc_of`."""
         if self.layout.files[ordinal].copy_of and FORMATS[self.layout.format].renamed:
             return []  # of the size of the model, and as good as what it is a copy of
         path = self.paths[ordinal]
         n_bytes = os.path.getsize(path)
-        wanted = self._extents(ordinal) if FORMATS[self.layout.format].seal else []
         ends = provenance.cuts(n_bytes, [extent[1:] for extent in wanted])
         futures = [executor.submit(provenance.checksums, path, some) for some in ends]
         crcs = [future.result() for future in futures]
@@ -152,9 +153,13 @@ class Unpublished:
             f"{provenance.joined(some, edge):08x}" for some, edge in zip(crcs, ends, strict=True)
         ]
 
-    def _extents(self, ordinal: int) -> list[Extent]:
-        tensors = self.layout.places.values()
-        return [extent for t in tensors for extent in t.extents if extent.file == ordinal]
+    def _extents(self) -> dict[int, list[Extent]]:
+        """Return the extents of the output's tensors, by the ordinals of their files."""
+        extents: dict[int, list[Extent]] = defaultdict(list)
+        for tensor in self.layout.places.values():
+            for extent in tensor.extents:
+                extents[extent.file].append(extent)
+        return extents
 
     def _check_index(self) -> None:
         """Read the index back, with our reader and with the reference one."""

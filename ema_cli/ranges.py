@@ -105,33 +105,28 @@ def averaged_ranges(
     """Return the ranges of the averaged `tensors`, given in the order of their bytes."""
     wanted = _wanted(destinations, (AVERAGE, BIASED))
     found: list[Range] = []
-    elements = 0
+    elements: list[int] = []  # of each, with those of the tensors that follow it
     for group, tensor in enumerate(tensors):
         if not tensor.extent.nbytes:
             continue
         stored = [index.by_name[tensor.name] for index in indexes]
         asked = wanted.get(tensor.name, ())
         if any(t.slices for t in stored) or any(t.slices for *_, t in asked):
-            if found:
-                found[-1] = found[-1]._replace(elements=elements)
-            found.extend(_sliced(tensor, stored, asked, schedules, group))
-            elements = found[-1].elements
+            sliced = list(_sliced(tensor, stored, asked, schedules, group))
+            found.extend(sliced)
+            elements.extend(one.elements for one in sliced)
             continue
         places = tuple([Place(t.extent.file, t.extent.offset) for t in stored])
         targets: list[list[Target]] = [[] for _ in range(schedules)]
         for schedule, destination, part, made in asked:
             targets[schedule].append(_target(destination, part, made))
         new = Range(tensor.dtype.name, tensor.elements, places, tuple(map(tuple, targets)), group)
-        if found and _follows(found[-1], elements, new):
-            elements += new.elements
-            continue
-        if found:
-            found[-1] = found[-1]._replace(elements=elements)
-        found.append(new)
-        elements = new.elements
-    if found:
-        found[-1] = found[-1]._replace(elements=elements)
-    return found
+        if found and _follows(found[-1], elements[-1], new):
+            elements[-1] += new.elements
+        else:
+            found.append(new)
+            elements.append(new.elements)
+    return [one._replace(elements=n) for one, n in zip(found, elements, strict=True)]
 
 
 def _wanted(

@@ -57,20 +57,21 @@ def search(root: str, choice: Choice, known: Known) -> tuple[list[Checkpoint], l
     """Return the checkpoints in a directory, each with its step, and what was passed over."""
     entries = sorted(os.listdir(root))
     candidates, passed_over = _candidates(root, entries, choice)
-    candidates, parts = _grouped(root, candidates)
+    candidates, prefixes, parts = _grouped(root, candidates)
     passed_over += parts
-    flat = choice.glob is None and any(is_prefix(os.path.join(root, c)) for c in candidates)
-    paths = [os.path.join(root, name) for name in candidates]
-    entries_of = [_entry_of(path) for path in paths]
-    siblings = {os.path.realpath(path) for path in entries_of if not os.path.islink(path)}
+    flat = choice.glob is None and bool(prefixes)
+    # Of a prefix its index is the file that is there.
+    entry_of = {name: name + tensorflow.SUFFIX if name in prefixes else name for name in candidates}
+    paths = [os.path.join(root, entry) for entry in entry_of.values()]
+    siblings = {os.path.realpath(path) for path in paths if not os.path.islink(path)}
     checkpoints: list[Checkpoint] = []
     seen: set[tuple[int, int]] = set()
-    for name in candidates:
-        path = os.path.join(root, name)
+    for name, entry in entry_of.items():
+        path, there = os.path.join(root, name), os.path.join(root, entry)
         outcome = (
-            _reason_by_name(path, siblings)
-            or _reason_by_identity(path, seen)
-            or _reason_by_place(path, flat)
+            _reason_by_name(path, there, siblings)
+            or _reason_by_identity(path, there, seen)
+            or (_reason_by_place(path, flat) if entry == name else None)
         )
         taken = outcome or _read(path, name, choice, known)
         if isinstance(taken, Checkpoint):
@@ -89,9 +90,10 @@ def _candidates(
     import glob as globbing  # only with --glob
 
     matched = sorted(globbing.glob(choice.glob, root_dir=root))
+    direct = set(matched)
     for name in entries:  # the name of a TensorFlow checkpoint is none of its files'
         stem = tensorflow.stem_of(name)
-        if stem is not None and name not in matched and fnmatch.fnmatchcase(stem, choice.glob):
+        if stem is not None and name not in direct and fnmatch.fnmatchcase(stem, choice.glob):
             matched.append(name)
     firsts = {tensorflow.stem_of(name) or name for name in (m.split("/", 1)[0] for m in matched)}
     skipped = {tensorflow.stem_of(name) or name for name in entries} - firsts
@@ -100,11 +102,13 @@ def _candidates(
     ]
 
 
-def _grouped(root: str, names: Sequence[str]) -> tuple[list[str], list[PassedOver]]:
+def _grouped(root: str, names: Sequence[str]) -> tuple[list[str], set[str], list[PassedOver]]:
     """Put the prefix of a TensorFlow checkpoint in the place of its files, each once.
 
-    Of files whose index is not there one is told, with the reason.
+    Also returns which of the names are prefixes, and one of the files whose index is not there,
+    with the reason.
     """
+    prefixes: set[str] = set()
     grouped: dict[str, None] = {}
     parts: dict[str, PassedOver] = {}
     for name in names:
@@ -116,7 +120,8 @@ def _grouped(root: str, names: Sequence[str]) -> tuple[list[str], list[PassedOve
             parts[name] = PassedOver(path, "TensorFlow's state file")
         elif stem is None:
             grouped[name] = None
-        elif is_prefix(os.path.join(root, stem)):
+        elif stem in prefixes or is_prefix(os.path.join(root, stem)):
+            prefixes.add(stem)
             grouped[stem] = None
         elif not name.endswith(tensorflow.SUFFIX):
             graph = name.endswith(tensorflow.META_SUFFIX)
@@ -124,12 +129,7 @@ def _grouped(root: str, names: Sequence[str]) -> tuple[list[str], list[PassedOve
             parts.setdefault(stem, PassedOver(path, reason))
         else:
             grouped[name] = None
-    return list(grouped), list(parts.values())
-
-
-def _entry_of(path: str) -> str:
-    """Return the file or folder that is there for a checkpoint: of a prefix, its index."""
-    return path + tensorflow.SUFFIX if is_prefix(path) else path
+    return list(grouped), prefixes, list(parts.values())
 
 
 def is_prefix(path: str) -> bool:
@@ -139,9 +139,7 @@ def is_prefix(path: str) -> bool:
 
 def _reason_by_place(path: str, flat: bool) -> PassedOver | None:
     """A folder of TensorFlow checkpoints is no checkpoint of the run around it."""
-    if not os.path.isdir(path) or is_prefix(path):
-        return None
-    if tensorflow.saved_model_in(path) is not None:
+    if not os.path.isdir(path) or tensorflow.saved_model_in(path) is not None:
         return None
     inside = len(tensorflow.prefixes(path))
     if inside > 1 or (inside and flat):
@@ -149,7 +147,7 @@ def _reason_by_place(path: str, flat: bool) -> PassedOver | None:
     return None
 
 
-def _reason_by_name(path: str, siblings: set[str]) -> PassedOver | None:
+def _reason_by_name(path: str, there: str, siblings: set[str]) -> PassedOver | None:
     name = os.path.basename(path)
     bare = name.lstrip(".")
     reason = ""
@@ -161,7 +159,7 @@ def _reason_by_name(path: str, siblings: set[str]) -> PassedOver | None:
         reason = "hidden"
     elif _TEMPORARY.search(bare):
         reason = "a temporary name: still being written, or left over"
-    elif os.path.islink(_entry_of(path)) and os.path.realpath(_entry_of(path)) in siblings:
+    elif os.path.islink(there) and os.path.realpath(there) in siblings:
         reason = "a link to another entry"
     elif _ALIAS.match(name) and step_from_name(name) is None:
         reason = "an alias: its name tells no step"
@@ -170,9 +168,9 @@ def _reason_by_name(path: str, siblings: set[str]) -> PassedOver | None:
     return PassedOver(path, reason) if reason else None
 
 
-def _reason_by_identity(path: str, seen: set[tuple[int, int]]) -> PassedOver | None:
+def _reason_by_identity(path: str, there: str, seen: set[tuple[int, int]]) -> PassedOver | None:
     try:
-        status = os.stat(_entry_of(path))
+        status = os.stat(there)
     except OSError as error:
         return PassedOver(path, os.strerror(error.errno or 0), unusable=_promising(path))
     identity = (status.st_dev, status.st_ino)

@@ -22,7 +22,7 @@ class Source(NamedTuple):
 
     Attributes:
         file: ordinal of an input file.
-        offset: in bytes, of the piece, or of its range where that lies in rows.
+        offset: in bytes, of its range.
         dtype: of its elements, or ``copy`` for bytes.
         swap: bytes that change places together to be in little-endian order; 0 for none.
         grid: the rows of its range, or None.
@@ -43,7 +43,7 @@ class Piece(NamedTuple):
     Attributes:
         shadow: dtype of the accumulators.
         elements: how many.
-        start: the first one's place in its range; counts where that lies in rows.
+        start: the first one's place in its range, from which sources and targets are counted.
         sources: one per checkpoint that counts.
         accumulators: one per average.
         group: what its checksums are kept apart by.

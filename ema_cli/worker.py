@@ -81,7 +81,7 @@ class _Work:
         done = 0
         while done < piece.elements:
             fds = self.inputs.fd(source.file), self.outputs.fd(target.file)
-            places = source.offset + done, target.offset + done
+            places = [one.offset + piece.start + done for one in (source, target)]
             try:
                 got = os.copy_file_range(*fds, piece.elements - done, *places)
             except OSError as error:
@@ -146,21 +146,14 @@ class _Work:
     ) -> None:
         """Fill `block` with the elements of a source from `start` on, in little-endian order."""
         fd, path = self.inputs.fd(source.file), self.task.inputs[source.file].path
-        view = block.view(np.uint8).data
-        if source.grid is None:
-            offset = source.offset + start * block.itemsize
-            read_exact(fd, view, offset, path)
+        view, width, done = block.view(np.uint8).data, block.itemsize, 0
+        first = piece.start + start
+        for offset, n in stretches(source.offset, source.grid, width, first, len(block)):
+            part = view[done : done + n * width]
+            read_exact(fd, part, offset, path)
             if source.unit is not None:
-                running.add(offset, view)
-        else:
-            done, first = 0, piece.start + start
-            width = block.itemsize
-            for offset, n in stretches(source.offset, source.grid, width, first, len(block)):
-                part = view[done : done + n * width]
-                read_exact(fd, part, offset, path)
-                if source.unit is not None:
-                    running.add(offset, part)
-                done += n * width
+                running.add(offset, part)
+            done += n * width
         if source.swap:
             block.view(f"u{source.swap}").byteswap(inplace=True)
 
@@ -169,17 +162,13 @@ class _Work:
         fd, path = self.outputs.fd(target.file), self.task.outputs[target.file]
         if target.swap:
             block = block.view(f"u{target.swap}").byteswap().view(block.dtype)
-        view = block.view(np.uint8).data
-        width = block.itemsize
-        if target.grid is None:
-            offset = target.offset + start * width
-            write_exact(fd, view, offset, path)
-            start_writing(fd, offset, block.nbytes)
-            return
-        done, first = 0, piece.start + start
+        view, width, done = block.view(np.uint8).data, block.itemsize, 0
+        first = piece.start + start
         for offset, n in stretches(target.offset, target.grid, width, first, len(block)):
             write_exact(fd, view[done : done + n * width], offset, path)
             done += n * width
+            if target.grid is None:
+                start_writing(fd, offset, block.nbytes)
 
     def count(self, piece: Piece, source: Source, running: Running) -> None:
         """Add what was read of a source to the checksum of its unit."""

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,3 +124,17 @@ def cmd(*args: str | os.PathLike[str], code: int = 0, stdin: str = "") -> Outcom
 def bits_equal(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two arrays have the same dtype, shape and bits."""
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+class Failing:
+    """A function that fails at its call number `nth`; threads may call it."""
+
+    def __init__(self, function: Callable[..., Any], nth: int, code: int) -> None:
+        self.function, self.nth, self.code = function, nth, code
+        self.calls: list[None] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append(None)
+        if len(self.calls) == self.nth:
+            raise OSError(self.code, os.strerror(self.code))
+        return self.function(*args, **kwargs)

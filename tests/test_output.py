@@ -10,14 +10,12 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
-from helpers import cmd, write_checkpoint, write_run
+from helpers import Failing, cmd, write_checkpoint, write_run
 
 from ema_cli.cli import main
 
@@ -135,20 +133,6 @@ def test_only_a_folder_with_nothing_but_a_checkpoint_is_replaced(
 
 
 # ---------------------------------------------------------------------------- failures
-
-
-class Failing:
-    """A function that fails at its call number `nth`; threads may call it."""
-
-    def __init__(self, function: Callable[..., Any], nth: int, code: int) -> None:
-        self.function, self.nth, self.code = function, nth, code
-        self.calls: list[None] = []
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls.append(None)
-        if len(self.calls) == self.nth:
-            raise OSError(self.code, os.strerror(self.code))
-        return self.function(*args, **kwargs)
 
 
 def emptied(folder: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pytest
-from helpers import cmd
+from helpers import Failing, cmd
 from tensorflow_bundles import (
     Tensors,
     listing,
@@ -202,20 +202,6 @@ def test_a_name_of_any_length_is_written_or_refused(run: Path, place: Path, leng
 
 
 # ---------------------------------------------------------------------------- failures
-
-
-class Failing:
-    """A function that fails at its call number `nth`; threads may call it."""
-
-    def __init__(self, function: Callable[..., Any], nth: int, code: int) -> None:
-        self.function, self.nth, self.code = function, nth, code
-        self.calls: list[None] = []
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls.append(None)
-        if len(self.calls) == self.nth:
-            raise OSError(self.code, os.strerror(self.code))
-        return self.function(*args, **kwargs)
 
 
 CALLS: list[tuple[Any, str, int]] = [

@@ -93,7 +93,9 @@ def template(last: Checkpoint) -> Draft:
 
 def template_known_as(layout: Layout) -> tuple[object, ...]:
     """Return the key in `Known` of an output whose index differs in checksums only."""
-    return NAME, "index", layout.files[-1].nbytes
+    from ema_cli.formats.tensorflow import bundle
+
+    return bundle.known_as(layout.files[-1].nbytes)
 
 
 def fresh(wanted: Sequence[Entry], last: Checkpoint, limit: int | None) -> Draft:

@@ -29,8 +29,6 @@ INDEX_LIMIT = 1 << 30
 TENSOR_LIMIT = 1_000_000
 # Slices of one tensor; checking that they are disjoint takes time with their square.
 SLICE_LIMIT = 4096
-_TRAILER_BYTES = 5
-_CRC_BYTES = 4
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Checksums = np.ndarray[Any, np.dtype[np.uint32]]
@@ -46,7 +44,6 @@ class Structure(NamedTuple):
         crcs: the checksum of each extent in that index, as stored.
         crc_offsets: where in `raw` each of them lies; -1 where that cannot be said.
         empty: which extents hold no bytes.
-        tensors: as in the index.
         ends: for each shard the end of its last tensor, and which that is.
     """
 
@@ -55,7 +52,6 @@ class Structure(NamedTuple):
     crcs: Checksums
     crc_offsets: np.ndarray[Any, np.dtype[np.int64]]
     empty: np.ndarray[Any, np.dtype[np.intp]]
-    tensors: tuple[Tensor, ...]
     ends: tuple[tuple[int, str], ...]
 
 
@@ -86,7 +82,7 @@ def read(path: str, known: Known) -> Checkpoint:
         index,
         (*[""] * len(files), hashlib.sha256(raw).hexdigest()),
         index_file=index_path,
-        checksums=_checksums(index_path, raw, structure_of(index)),
+        checksums=_checksums(index_path, raw, index),
     )
     _check_shared(checkpoint)
     return roles.recorded(checkpoint, known)
@@ -127,10 +123,15 @@ def structure_of(index: Index) -> Structure:
     return index.own
 
 
+def known_as(n_bytes: int) -> tuple[object, ...]:
+    """Return the key in `Known` of the last index of this size."""
+    return NAME, "index", n_bytes
+
+
 def _index(path: str, raw: bytearray, known: Known) -> Index:
     """Return the parsed index, or that of one with the same bytes parsed before."""
     mine = np.frombuffer(raw, np.uint8)
-    before: Index | None = known.get((NAME, "index", len(raw)))
+    before: Index | None = known.get(known_as(len(raw)))
     if before is not None:
         structure = structure_of(before)
         same_size = len(structure.raw) == len(mine)
@@ -140,7 +141,7 @@ def _index(path: str, raw: bytearray, known: Known) -> Index:
             return before
     with damaged(path):
         index = _parse(path, raw, mine)
-    known[NAME, "index", len(raw)] = index
+    known[known_as(len(raw))] = index
     return index
 
 
@@ -171,12 +172,12 @@ def _parse(path: str, raw: bytearray, mine: Bytes) -> Index:
     free = np.zeros(len(raw), np.bool_)
     if (offsets >= 0).all():
         for start, length in table.blocks(raw):
-            free[start + length + 1 : start + length + _TRAILER_BYTES] = True
-        free[offsets[:, None] + np.arange(_CRC_BYTES)] = True
+            free[start + length + 1 : start + length + table.TRAILER_BYTES] = True
+        free[offsets[:, None] + np.arange(entries.CRC_BYTES)] = True
     names = [places.data_suffix(shard, header.shards) for shard in range(header.shards)]
     extents = [extent for tensor in tensors for extent in tensor.extents]
     empty = np.array([k for k, extent in enumerate(extents) if not extent.nbytes], np.intp)
-    structure = Structure(mine, free, crcs, offsets, empty, tensors, _ends(path, header, tensors))
+    structure = Structure(mine, free, crcs, offsets, empty, _ends(path, header, tensors))
     return Index(
         NAME,
         tensors,
@@ -363,25 +364,21 @@ def _share(a: Slice, b: Slice) -> bool:
 # ---------------------------------------------------------------------------- checksums
 
 
-def _checksums(path: str, raw: bytearray, structure: Structure) -> Checksums:
+def _checksums(path: str, raw: bytearray, index: Index) -> Checksums:
     """Return the CRC-32C of each extent as this checkpoint's index holds it."""
+    structure = structure_of(index)
     offsets = structure.crc_offsets
     stored = structure.crcs
     if (offsets >= 0).all():
-        picked = np.frombuffer(raw, np.uint8)[offsets[:, None] + np.arange(_CRC_BYTES)]
+        picked = np.frombuffer(raw, np.uint8)[offsets[:, None] + np.arange(entries.CRC_BYTES)]
         stored = np.ascontiguousarray(picked).view("<u4").reshape(-1)
     checksums = unmasked_all(stored)
     wrong = structure.empty[checksums[structure.empty] != 0]
     if len(wrong):
         reason = "expected the checksum of no bytes, found another"
-        raise DamagedFile(path, reason, _named(structure.tensors, int(wrong[0])))
+        names = [tensor.name for tensor in index.tensors for _ in tensor.extents]
+        raise DamagedFile(path, reason, names[wrong[0]])
     return checksums
-
-
-def _named(tensors: Sequence[Tensor], ordinal: int) -> str:
-    """Return the name of the tensor with an extent, counted through all tensors."""
-    names = [tensor.name for tensor in tensors for _ in tensor.extents]
-    return names[ordinal]
 
 
 def _check_shared(checkpoint: Checkpoint) -> None:

@@ -20,8 +20,6 @@ from ema_cli.tensors import NO_FILE, Checkpoint, Extent, Slice, Tensor
 _NEVER_SLICED = "float16"
 # Stands for a checksum that is not known yet; zero would be left out.
 _UNKNOWN = 1
-_CRC_BYTES = 4
-_TRAILER_BYTES = 5
 
 
 def can_name(name: str) -> bool:
@@ -120,11 +118,11 @@ def seal(layout: Layout, checksums: Mapping[Extent, int]) -> tuple[int, bytes]:
             # Copied with the file; or strings, whose checksum is not one of their bytes.
             crc = _recorded(last, last.index.by_name[sources[tensor.name]].extents[place])
         at = item.offset + entries.crc_offset(item.value)
-        raw[at : at + _CRC_BYTES] = masked(crc).to_bytes(_CRC_BYTES, "little")
+        raw[at : at + entries.CRC_BYTES] = masked(crc).to_bytes(entries.CRC_BYTES, "little")
     for start, length in table.blocks(layout.files[ordinal].literals[0][1]):
         end = start + length
         crc = masked(crc32c(memoryview(raw)[start : end + 1]))
-        raw[end + 1 : end + _TRAILER_BYTES] = crc.to_bytes(_CRC_BYTES, "little")
+        raw[end + 1 : end + table.TRAILER_BYTES] = crc.to_bytes(entries.CRC_BYTES, "little")
     return ordinal, bytes(raw)
 
 

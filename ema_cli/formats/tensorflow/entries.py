@@ -37,6 +37,8 @@ from ema_cli.formats.tensorflow.wire import (
 )
 
 SHARD_LIMIT = 100_000
+# A masked CRC-32C.
+CRC_BYTES = 4
 
 # The version of the format, which readers that ask for more than it are too new for.
 _VERSION = 1

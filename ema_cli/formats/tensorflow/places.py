@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ema_cli.errors import InputError, UnsupportedInput
-from ema_cli.files import open_input, read_exact, read_small
+from ema_cli.files import open_input, read_at, read_exact, read_small
 from ema_cli.formats.tensorflow import statefile, table
 from ema_cli.formats.tensorflow.spans import Read
 from ema_cli.formats.tensorflow.wire import Malformed
@@ -145,18 +145,8 @@ def data_suffix(shard: int, shards: int) -> str:
 
 def ends_as_table(path: str) -> bool:
     """Whether the file ends as a table does: an index, or a checkpoint of the first format."""
-    if not os.path.isfile(path):
-        return False
-    fd = open_input(path)
-    try:
-        start = os.fstat(fd).st_size - len(table.MAGIC)
-        if start < 0:
-            return False
-        end = bytearray(len(table.MAGIC))
-        read_exact(fd, memoryview(end), start, path)
-        return end == table.MAGIC
-    finally:
-        os.close(fd)
+    start = os.path.getsize(path) - len(table.MAGIC) if os.path.isfile(path) else -1
+    return start >= 0 and read_at(path, start, len(table.MAGIC)) == table.MAGIC
 
 
 def is_v1(path: str) -> bool:

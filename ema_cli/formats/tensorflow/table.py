@@ -20,7 +20,7 @@ from ema_cli.formats.tensorflow.wire import Malformed, put_varint, varint
 MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")
 FOOTER_BYTES = 48
 
-_TRAILER_BYTES = 5
+TRAILER_BYTES = 5
 _STORED, _SNAPPY = 0, 1
 
 # TensorFlow's writer closes a block of this size, and before an entry of twice that.
@@ -109,7 +109,7 @@ def _check_order(found: list[Extent], file_size: int) -> None:
     for offset, size in found:
         if offset < free:
             raise Malformed(f"the block at byte {offset:,} begins before byte {free:,}")
-        free = offset + size + _TRAILER_BYTES
+        free = offset + size + TRAILER_BYTES
     if free > file_size - FOOTER_BYTES:
         raise Malformed(
             f"a block ends at byte {free:,}, the footer begins at {file_size - FOOTER_BYTES:,}"
