@@ -32,6 +32,11 @@ class Entry(NamedTuple):
         return math.prod(self.shape) * self.dtype.bits // 8
 
 
+def entry_of(name: str, tensor: Tensor, part: str, dtype: DType | None = None) -> Entry:
+    """Return the entry `name`: `part` of `tensor`, sliced as it is, in its dtype or another."""
+    return Entry(name, dtype or tensor.dtype, tensor.shape, part, tensor.name, tensor.slices)
+
+
 class File(NamedTuple):
     """One file of an output.
 

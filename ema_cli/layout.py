@@ -13,12 +13,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ema_cli import naming, schedules
-from ema_cli.blueprint import AVERAGE, BIASED, COPY, LOCAL_STEP, Draft, Entry, File, Layout
+from ema_cli.blueprint import (
+    AVERAGE,
+    BIASED,
+    COPY,
+    LOCAL_STEP,
+    Draft,
+    Entry,
+    File,
+    Layout,
+    entry_of,
+)
 from ema_cli.errors import UsageError
 from ema_cli.formats import FORMATS, foreign, sharded, tensorflow
 from ema_cli.naming import role_in, shadow_of
 from ema_cli.selection import Selection
-from ema_cli.tensors import DTYPES, Checkpoint, DType, Index, Role, Tensor, numpy_dtype
+from ema_cli.tensors import DTYPES, Checkpoint, Index, Role, Tensor, numpy_dtype
 from ema_cli.text import shorten
 
 NAMES = ("auto", "shadow", "variable")
@@ -253,14 +263,14 @@ def _entries(
         made.extend(_averaged(tensor, wishes, names, index, shadows, debiased))
     copied = {choice.tensor.name: choice.tensor for choice in selection.copied}
     for name, tensor in copied.items():
-        made.append(_entry(name, tensor, COPY))
+        made.append(entry_of(name, tensor, COPY))
         shadow = shadow_of(name, wishes.name)
         trainable = index.roles.get(name) is Role.VARIABLE
         if names == "shadow" and trainable and shadow not in copied:
             # A restore asks for the shadow of every trainable variable, averaged or not.
-            made.append(_entry(shadow, tensor, COPY))
+            made.append(entry_of(shadow, tensor, COPY))
     if keep_optimizer:
-        made.extend(_entry(tensor.name, tensor, COPY) for tensor in selection.optimizer)
+        made.extend(entry_of(tensor.name, tensor, COPY) for tensor in selection.optimizer)
     return [entry._replace(name=naming.apply_rules(entry.name, rules)) for entry in made]
 
 
@@ -271,13 +281,13 @@ def _averaged(
     dtype = DTYPES[wishes.dtype] if wishes.dtype else tensor.dtype
     statistics = role_in(index, tensor.name, wishes.name) is Role.STATISTICS
     if names == "variable" or statistics:
-        yield _entry(tensor.name, tensor, AVERAGE, dtype)
+        yield entry_of(tensor.name, tensor, AVERAGE, dtype)
     elif wishes.keep_variables:
-        yield _entry(tensor.name, tensor, COPY)
+        yield entry_of(tensor.name, tensor, COPY)
     for shadow in shadows if names == "shadow" else ():
-        yield _entry(shadow, tensor, AVERAGE, dtype)
+        yield entry_of(shadow, tensor, AVERAGE, dtype)
         if debiased:
-            yield _entry(f"{shadow}/biased", tensor, BIASED, dtype)
+            yield entry_of(f"{shadow}/biased", tensor, BIASED, dtype)
             yield Entry(f"{shadow}/local_step", dtype, (), LOCAL_STEP, tensor.name)
 
 
@@ -298,12 +308,8 @@ def _kept_shadow(shadow: Tensor, name: str, saved: Mapping[str, Tensor]) -> Entr
     """Return what a template makes of a shadow: the average, if it is one of its variable."""
     variable = naming.variable_behind(shadow, name, saved)
     if variable is None or saved[variable].shape != shadow.shape or not shadow.dtype.averaged:
-        return _entry(shadow.name, shadow, COPY)
-    return _entry(shadow.name, shadow, AVERAGE)._replace(source=variable)
-
-
-def _entry(name: str, tensor: Tensor, part: str, dtype: DType | None = None) -> Entry:
-    return Entry(name, dtype or tensor.dtype, tensor.shape, part, tensor.name, tensor.slices)
+        return entry_of(shadow.name, shadow, COPY)
+    return entry_of(shadow.name, shadow, AVERAGE)._replace(source=variable)
 
 
 def _with_local_steps(

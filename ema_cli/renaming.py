@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ema_cli import machine, naming, provenance, ranges
-from ema_cli.blueprint import COPY, Entry, Layout
+from ema_cli.blueprint import COPY, Entry, Layout, entry_of
 from ema_cli.durable import free_bytes
 from ema_cli.errors import Disagreement
 from ema_cli.layout import Wishes, lay_out_entries
@@ -99,7 +99,7 @@ def _nothing(request: Request, checkpoint: Checkpoint, towards: str | None) -> D
 
 
 def _kept(tensor: Tensor) -> Entry:
-    return Entry(tensor.name, tensor.dtype, tensor.shape, COPY, tensor.name, tensor.slices)
+    return entry_of(tensor.name, tensor, COPY)
 
 
 def _towards_variable(

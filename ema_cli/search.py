@@ -61,12 +61,12 @@ def search(root: str, choice: Choice, known: Known) -> tuple[list[Checkpoint], l
     passed_over += parts
     flat = choice.glob is None and bool(prefixes)
     # Of a prefix its index is the file that is there.
-    entry_of = {name: name + tensorflow.SUFFIX if name in prefixes else name for name in candidates}
-    paths = [os.path.join(root, entry) for entry in entry_of.values()]
+    file_of = {name: name + tensorflow.SUFFIX if name in prefixes else name for name in candidates}
+    paths = [os.path.join(root, entry) for entry in file_of.values()]
     siblings = {os.path.realpath(path) for path in paths if not os.path.islink(path)}
     checkpoints: list[Checkpoint] = []
     seen: set[tuple[int, int]] = set()
-    for name, entry in entry_of.items():
+    for name, entry in file_of.items():
         path, there = os.path.join(root, name), os.path.join(root, entry)
         outcome = (
             _reason_by_name(path, there, siblings)
