@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ema_cli.tensors import Checkpoint, DType, Slice, Tensor
+from ema_cli.tensors import Checkpoint, DType, Extent, Slice, Tensor
 
 # What a tensor of the output is made of.
 AVERAGE = "average"
@@ -44,7 +44,7 @@ class File(NamedTuple):
         name: inside the output folder, or what follows the prefix; empty for a single file.
         nbytes: its final size.
         literals: (offset, bytes) known in advance: headers, indexes, scalars.
-        copy_of: the file it is a copy of, or empty.
+        copy_of: the file it is a copy of, but for its literals and what is averaged; or empty.
     """
 
     name: str
@@ -54,10 +54,30 @@ class File(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """What a format makes of the entries: its files, and where in them each tensor lies."""
+    """What a format makes of the entries.
+
+    Attributes:
+        files: those of the output.
+        places: where in them each tensor lies.
+        sums: the extents whose checksums its seal needs.
+        own: what else its seal needs.
+        notes: what is worth knowing about it.
+    """
 
     files: Sequence[File]
     places: Mapping[str, Tensor]
+    sums: tuple[Extent, ...] = ()
+    own: object = None
+    notes: tuple[str, ...] = ()
+
+
+class Patch(NamedTuple):
+    """Bytes of an output that only its data decides; those of a whole file end where it ends."""
+
+    file: int
+    offset: int
+    data: bytes
+    whole: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +96,9 @@ class Layout:
         last: the checkpoint whose copies it takes.
         template: whether it has the structure of `last`, byte for byte.
         big_endian: the byte order of its numbers.
+        sums: the extents whose checksums its seal needs.
+        own: what else its seal needs.
+        notes: what is worth knowing about it.
     """
 
     path: str
@@ -89,6 +112,9 @@ class Layout:
     last: Checkpoint
     template: bool = False
     big_endian: bool = False
+    sums: tuple[Extent, ...] = ()
+    own: object = None
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:

@@ -9,12 +9,12 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ema_cli import durable
-from ema_cli.checksums import crc32c, shift_all
+from ema_cli.checksums import CRC32C, KINDS, shift_all
 from ema_cli.errors import EmaError, storage_errors
 from ema_cli.files import open_input, page_buffer, read_exact, read_small
 
@@ -92,8 +92,9 @@ def cuts(n_bytes: int, extents: Iterable[tuple[int, int]] = ()) -> list[list[int
     return [ordered[a : b + 1] for a, b in zip(firsts, lasts, strict=True)]
 
 
-def checksums(path: str, ends: Sequence[int]) -> list[int]:
-    """Return the CRC-32C of each stretch of a file between neighbouring `ends`, read in blocks."""
+def checksums(path: str, ends: Sequence[int], kind: str = CRC32C) -> list[int]:
+    """Return the checksum of each stretch of a file between neighbouring `ends`."""
+    crc_of = KINDS[kind]
     buffer = page_buffer(min(_BLOCK, ends[-1] - ends[0]))
     found = []
     fd = open_input(path)
@@ -106,7 +107,7 @@ def checksums(path: str, ends: Sequence[int]) -> list[int]:
                     start, stop = at, min(at + len(buffer), ends[-1])
                     read_exact(fd, buffer[: stop - start], start, path)
                 end = min(last, stop)
-                crc = crc32c(buffer[at - start : end - start], crc)
+                crc = crc_of(buffer[at - start : end - start], crc)
                 at = end
             found.append(crc)
     finally:
@@ -114,12 +115,21 @@ def checksums(path: str, ends: Sequence[int]) -> list[int]:
     return found
 
 
-def joined(crcs: Sequence[int], ends: Sequence[int]) -> int:
-    """Return the CRC-32C of all stretches between `ends` together."""
-    if len(crcs) == 1:
-        return crcs[0]
-    after = ends[-1] - np.array(ends[1:], np.int64)
-    return int(np.bitwise_xor.reduce(shift_all(np.array(crcs, np.uint32), after), initial=0))
+class Stretches(NamedTuple):
+    """The checksums of the stretches of a file between neighbouring `edges`."""
+
+    crcs: list[int]
+    edges: list[int]
+    kind: str
+
+    def between(self, start: int, end: int) -> int:
+        """Return the checksum of the bytes between two edges."""
+        first, last = bisect.bisect_left(self.edges, start), bisect.bisect_left(self.edges, end)
+        if last - first == 1:
+            return self.crcs[first]
+        after = end - np.array(self.edges[first + 1 : last + 1], np.int64)
+        shifted = shift_all(np.array(self.crcs[first:last], np.uint32), after, self.kind)
+        return int(np.bitwise_xor.reduce(shifted, initial=0))
 
 
 def proves(document: Mapping[str, Any], output: str) -> bool:

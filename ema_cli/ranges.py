@@ -8,13 +8,21 @@ its checkpoints and outputs have in common.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ema_cli import regions
-from ema_cli.blueprint import AVERAGE, BIASED, COPY, Layout
+from ema_cli.blueprint import AVERAGE, BIASED, COPY, Entry, Layout
 from ema_cli.files import stamp_of
 from ema_cli.regions import Grid, Regions
-from ema_cli.tensors import DTYPES, Checkpoint, Index, Stamp, Tensor, swap_width
+from ema_cli.tensors import DTYPES, Checkpoint, Extent, Index, Stamp, Tensor, swap_width
+
+
+class Span(NamedTuple):
+    """Bytes from `start` to `end` that are verified together, when a `group` has read them all."""
+
+    group: int
+    start: int
+    end: int
 
 
 class Place(NamedTuple):
@@ -24,13 +32,13 @@ class Place(NamedTuple):
         file: ordinal in the checkpoint, or in the plan for copies.
         offset: of its first element, in bytes.
         grid: its rows, or None when its elements follow each other.
-        unit: first and last offset of the bytes whose checksum is known; None for the range's own.
+        unit: the bytes it is verified with, or None when it is not.
     """
 
     file: int
     offset: int
     grid: Grid | None = None
-    unit: tuple[int, int] | None = None
+    unit: Span | None = None
 
 
 class Target(NamedTuple):
@@ -61,27 +69,23 @@ class Range(NamedTuple):
         elements: how many.
         places: for each distinct index of the run.
         targets: for each distinct schedule, where its result goes.
-        group: what its checksums are kept apart by: ranges of one tensor share it.
     """
 
     dtype: str
     elements: int
     places: tuple[Place, ...]
     targets: tuple[tuple[Target, ...], ...]
-    group: int
 
 
 class Copy(NamedTuple):
     """Bytes that are copied: from an input file (by ordinal in the plan) to output files.
 
-    `group` keeps their checksums apart from others', where they are `checked` at all.
+    Without any target they are read to be verified only.
     """
 
     nbytes: int
     place: Place
     targets: tuple[Target, ...]
-    group: int = 0
-    checked: bool = False
 
 
 class Destination(NamedTuple):
@@ -102,31 +106,46 @@ def averaged_ranges(
     destinations: Sequence[Destination],
     schedules: int,
 ) -> list[Range]:
-    """Return the ranges of the averaged `tensors`, given in the order of their bytes."""
+    """Return the ranges of the averaged `tensors`, given in the order of their bytes.
+
+    Tensors that are stored once in every checkpoint are averaged once.
+    """
     wanted = _wanted(destinations, (AVERAGE, BIASED))
     found: list[Range] = []
     elements: list[int] = []  # of each, with those of the tensors that follow it
-    for group, tensor in enumerate(tensors):
-        if not tensor.extent.nbytes:
+    for group, (tensor, stored, names) in enumerate(_stored_once(tensors, indexes)):
+        asked = [one for name in names for one in wanted.get(name, ())]
+        asked = list({(one[0], id(one[1]), one[2], one[3][1:]): one for one in asked}.values())
+        if not regions.alike([*stored, *(made for *_, made in asked)]):
+            scattered = list(_scattered(tensor, stored, asked, schedules, group))
+            found.extend(scattered)
+            elements.extend(one.elements for one in scattered)
             continue
-        stored = [index.by_name[tensor.name] for index in indexes]
-        asked = wanted.get(tensor.name, ())
-        if any(t.slices for t in stored) or any(t.slices for *_, t in asked):
-            sliced = list(_sliced(tensor, stored, asked, schedules, group))
-            found.extend(sliced)
-            elements.extend(one.elements for one in sliced)
-            continue
+        count = min(tensor.elements, tensor.extent.nbytes * 8 // tensor.dtype.bits)
         places = tuple([Place(t.extent.file, t.extent.offset) for t in stored])
         targets: list[list[Target]] = [[] for _ in range(schedules)]
         for schedule, destination, part, made in asked:
             targets[schedule].append(_target(destination, part, made))
-        new = Range(tensor.dtype.name, tensor.elements, places, tuple(map(tuple, targets)), group)
+        new = Range(tensor.dtype.name, count, places, tuple(map(tuple, targets)))
         if found and _follows(found[-1], elements[-1], new):
             elements[-1] += new.elements
         else:
             found.append(new)
             elements.append(new.elements)
     return [one._replace(elements=n) for one, n in zip(found, elements, strict=True)]
+
+
+def _stored_once(
+    tensors: Iterable[Tensor], indexes: Sequence[Index]
+) -> Iterable[tuple[Tensor, list[Tensor], list[str]]]:
+    """Return (tensor, how it is stored in each index, all names of these very bytes)."""
+    found: dict[Any, tuple[Tensor, list[Tensor], list[str]]] = {}
+    for tensor in tensors:
+        if tensor.nbytes:
+            stored = [index.by_name[tensor.name] for index in indexes]
+            key = (tensor.dtype.name, *[t[2:] for t in stored])
+            found.setdefault(key, (tensor, stored, []))[2].append(tensor.name)
+    return found.values()
 
 
 def _wanted(
@@ -154,14 +173,17 @@ def _form(destination: Destination, made: Tensor) -> tuple[str, int]:
     return dtype, swap_width(dtype) if destination.layout.big_endian else 0
 
 
-def _sliced(
+def _scattered(
     tensor: Tensor,
     stored: Sequence[Tensor],
     asked: Sequence[_Wanted],
     schedules: int,
     group: int,
 ) -> Iterator[Range]:
-    """Yield one range for each box that the stored tensors and the outputs have in common."""
+    """Yield one range for each box that the stored tensors and the outputs have in common.
+
+    The `group` keeps what is read of this tensor apart.
+    """
     width = tensor.dtype.bits // 8
     sources = [Regions(t, width) for t in stored]
     made_of = [Regions(made, made.dtype.bits // 8) for *_, made in asked]
@@ -172,13 +194,21 @@ def _sliced(
             file = destination.first_file + to.extent.file
             form = _form(destination, made)
             targets[schedule].append(Target(file, to.offset, part, *form, to.grid))
-        places = tuple(_place(where.find(box)) for where in sources)
-        yield Range(tensor.dtype.name, box.elements, places, tuple(map(tuple, targets)), group)
+        places = tuple(
+            _place(where.find(box), t, group) for where, t in zip(sources, stored, strict=True)
+        )
+        yield Range(tensor.dtype.name, box.elements, places, tuple(map(tuple, targets)))
 
 
-def _place(region: regions.Region) -> Place:
+def _place(region: regions.Region, tensor: Tensor, group: int) -> Place:
+    """Return a place whose bytes the ranges of one tensor read once, unless it has strides."""
     extent, offset, grid = region
-    return Place(extent.file, offset, grid, (extent.offset, extent.offset + extent.nbytes))
+    unit = None if tensor.strides else Span(group, *_ends(extent))
+    return Place(extent.file, offset, grid, unit)
+
+
+def _ends(extent: Extent) -> tuple[int, int]:
+    return extent.offset, extent.offset + extent.nbytes
 
 
 def _follows(first: Range, elements: int, after: Range) -> bool:
@@ -216,13 +246,13 @@ def copied_ranges(
 
     Files that are copied whole bring their tensors along.
     """
-    apart = [d for d in destinations if not _copies_files(d.layout)]
+    apart = [d for d in destinations if copied_entries(d.layout)]
     wanted = _wanted(apart, (COPY,))
-    index, checked = checkpoint.index, checkpoint.checksums is not None
+    index = checkpoint.index
     pending: Copy | None = None
     for group, tensor in enumerate(index.tensors):
-        for new in _copies(tensor, wanted.get(tensor.name, ()), index, first_input):
-            new = new._replace(group=group, checked=checked)
+        # Ranges to average count their groups upwards from 0.
+        for new in _copies(tensor, wanted.get(tensor.name, ()), index, first_input, -1 - group):
             if pending is not None and _copy_follows(pending, new):
                 pending = pending._replace(nbytes=pending.nbytes + new.nbytes)
                 continue
@@ -233,30 +263,33 @@ def copied_ranges(
         yield pending
 
 
-def _copies_files(layout: Layout) -> bool:
-    """Whether the data of a layout is that of the input's files, as they are."""
-    return any(file.copy_of in [s.path for s in layout.last.files] for file in layout.files)
+def copied_entries(layout: Layout) -> list[Entry]:
+    """Return the entries whose bytes are copied one by one: none where their files are."""
+    data = {stamp.path for stamp in layout.last.files if stamp.path}
+    if any(file.copy_of in data for file in layout.files):
+        return []
+    return [entry for entry in layout.entries if entry.part == COPY]
 
 
 def _copies(
-    tensor: Tensor, asked: Sequence[_Wanted], index: Index, first_input: int
+    tensor: Tensor, asked: Sequence[_Wanted], index: Index, first_input: int, group: int
 ) -> Iterator[Copy]:
-    """Yield the copies of one tensor: one for each box where it or an output is sliced."""
-    if not asked or not tensor.extent.nbytes:
+    """Yield the copies of one tensor: one for each box where it or an output is scattered."""
+    if not asked or not tensor.nbytes:
         return
     swaps = [_copy_swap(index, destination, tensor) for _, destination, _, _ in asked]
-    sliced = tensor.slices or any(made.slices for *_, made in asked)
+    together = not tensor.dtype.bits or regions.alike([tensor, *(t for *_, t in asked)])
     width = max(tensor.dtype.bits // 8, 1)
     made_of = [Regions(made, width) for *_, made in asked]
     source = Regions(tensor, width)
-    for box in regions.common_boxes([tensor, *(t for *_, t in asked)]) if sliced else [None]:
+    for box in [None] if together else regions.common_boxes([tensor, *(t for *_, t in asked)]):
         targets = []
         for (_, destination, _, made), swap, to in zip(asked, swaps, made_of, strict=True):
             extent, offset, grid = _bytes_of(made, to, box, width)
             file = destination.first_file + extent.file
             targets.append(Target(file, offset, COPY, COPY, swap, grid))
         extent, offset, grid = _bytes_of(tensor, source, box, width)
-        unit = (extent.offset, extent.offset + extent.nbytes) if sliced else None
+        unit = None if together or tensor.strides else Span(group, *_ends(extent))
         n_bytes = extent.nbytes if box is None else box.elements * width
         place = Place(first_input + extent.file, offset, grid, unit)
         yield Copy(n_bytes, place, tuple(targets))
@@ -287,16 +320,41 @@ def _copy_follows(before: Copy, after: Copy) -> bool:
     )
 
 
-def side_copies(destinations: Sequence[Destination], inputs: list[Stamp]) -> Iterator[Copy]:
-    """Yield the files the outputs copy whole; stamps of new ones are appended to `inputs`."""
+def file_copies(destinations: Sequence[Destination], inputs: list[Stamp]) -> Iterator[Copy]:
+    """Yield what is left of the files the outputs copy, without what is averaged there.
+
+    Stamps of new ones are appended to `inputs`.
+    """
     ordinals = {stamp.path: ordinal for ordinal, stamp in enumerate(inputs)}
     for layout, _, first_file in destinations:
+        replaced = _replaced(layout)
         for ordinal, file in enumerate(layout.files):
             if not file.copy_of or not file.nbytes:
                 continue
             if file.copy_of not in ordinals:
                 ordinals[file.copy_of] = len(inputs)
                 inputs.append(stamp_of(file.copy_of))
-            target = Target(first_file + ordinal, 0, COPY, COPY)
-            place = Place(ordinals[file.copy_of], 0)
-            yield Copy(file.nbytes, place, (target,))
+            start = 0
+            for first, end in [*sorted(replaced[ordinal]), (file.nbytes, file.nbytes)]:
+                if start < first:
+                    target = Target(first_file + ordinal, start, COPY, COPY)
+                    yield Copy(first - start, Place(ordinals[file.copy_of], start), (target,))
+                start = max(start, end)
+
+
+def _replaced(layout: Layout) -> list[list[tuple[int, int]]]:
+    """Return for each file of a layout where it holds something else than what it is a copy of."""
+    replaced: list[list[tuple[int, int]]] = [
+        [(offset, offset + len(data)) for offset, data in file.literals] for file in layout.files
+    ]
+    for entry in layout.entries:
+        if entry.part != COPY:
+            made = layout.places[entry.name]
+            width = made.dtype.bits // 8
+            for box, extent in regions.stored_boxes(made) if made.nbytes else []:
+                _, offset, grid = Regions(made, width).find(box)
+                rows = [(offset, extent.nbytes // width)]
+                if grid is not None and not made.dense:
+                    rows = list(regions.stretches(offset, grid, width, 0, box.elements))
+                replaced[extent.file].extend((at, at + n * width) for at, n in rows)
+    return replaced

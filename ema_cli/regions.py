@@ -87,6 +87,18 @@ def _too_different(tensor: Tensor) -> UnsupportedInput:
     )
 
 
+def alike(tensors: Sequence[Tensor]) -> bool:
+    """Whether one element after the other, as they lie, is the same element of each tensor.
+
+    So it is where all are in C order, and where all have the same strides and nothing between
+    their elements. A view that shows elements more than once is taken for the bytes it shows.
+    """
+    first = tensors[0]
+    return all(not t.slices and t.strides == first.strides for t in tensors) and (
+        not first.strides or first.extent.nbytes <= first.nbytes
+    )
+
+
 def _cut(tensor: Tensor) -> tuple[Box, ...]:
     return tuple(box for box, _ in stored_boxes(tensor))
 
@@ -113,7 +125,7 @@ class Regions:
         self._tensor = tensor
         self._width = width
         self._stored = stored_boxes(tensor)
-        self._exact = dict(self._stored)
+        self._exact = {} if tensor.strides else dict(self._stored)
 
     def find(self, box: Box) -> Region:
         """Return where a box lies that is inside one stored piece, as `common_boxes` are."""
@@ -122,11 +134,16 @@ class Regions:
             return Region(extent, extent.offset, None)
         for stored, extent in self._stored:
             if _inside(box, stored):
-                strides = _strides(stored.lengths, self._width)
+                strides = byte_strides(self._tensor, stored, self._width)
                 skipped = zip(box.starts, stored.starts, strides, strict=True)
                 offset = extent.offset + sum((b - s) * stride for b, s, stride in skipped)
-                return Region(extent, offset, _grid(box.lengths, stored.lengths, strides))
+                return Region(extent, offset, _grid(box.lengths, strides, self._width))
         raise ValueError(f"{box} is no part of a piece of {self._tensor.name}")
+
+
+def whole(tensor: Tensor, width: int) -> Region:
+    """Return where the elements of a tensor lie that is stored as one piece."""
+    return Regions(tensor, width).find(Box((0,) * len(tensor.shape), tensor.shape))
 
 
 def _inside(box: Box, stored: Box) -> bool:
@@ -136,21 +153,22 @@ def _inside(box: Box, stored: Box) -> bool:
     )
 
 
-def _strides(lengths: Sequence[int], width: int) -> list[int]:
-    strides = [width] * len(lengths)
-    for k in range(len(lengths) - 2, -1, -1):
-        strides[k] = strides[k + 1] * lengths[k + 1]
+def byte_strides(tensor: Tensor, stored: Box, width: int) -> list[int]:
+    """Return the distance in bytes of neighbours along each dimension of a stored box."""
+    if tensor.strides:
+        return [stride * width for stride in tensor.strides]
+    strides = [width] * len(stored.lengths)
+    for k in range(len(strides) - 2, -1, -1):
+        strides[k] = strides[k + 1] * stored.lengths[k + 1]
     return strides
 
 
-def _grid(box: Sequence[int], stored: Sequence[int], strides: Sequence[int]) -> Grid | None:
-    """Return the rows of a box inside a stored one; the innermost full dimensions are one row."""
+def _grid(box: Sequence[int], strides: Sequence[int], width: int) -> Grid | None:
+    """Return the rows of a box: what follows each other in its innermost dimensions is one row."""
     run, k = 1, len(box)
-    while k:
+    while k and (box[k - 1] == 1 or strides[k - 1] == run * width):
         k -= 1
         run *= box[k]
-        if box[k] != stored[k]:
-            break
     steps = tuple((n, stride) for n, stride in zip(box[:k], strides[:k], strict=True) if n > 1)
     return Grid(run, steps) if steps else None
 
@@ -182,7 +200,7 @@ def pieces(tensor: Tensor, width: int, start: int, count: int) -> Iterator[tuple
     `count` elements from `start` on, in C order of the whole tensor.
     """
     boxes = [
-        (box, extent, _strides(box.lengths, width), _row(box.lengths, tensor.shape))
+        (box, extent, byte_strides(tensor, box, width), _row(box.lengths, tensor.shape))
         for box, extent in stored_boxes(tensor)
     ]
     while count:

@@ -119,6 +119,7 @@ class Role(enum.Enum):
     OTHER_SHADOW = "shadow of another name"
     COUNTER = "counter"
     FIXED = "not trainable"
+    BESIDE = "beside the model"
 
 
 class Extent(NamedTuple):
@@ -149,7 +150,8 @@ class Tensor(NamedTuple):
     """One named tensor of a checkpoint and where its bytes lie.
 
     The `extent` of a partitioned variable lies in no file: it only tells how many bytes its
-    slices have together.
+    slices have together. `strides`, in elements, are given only where the elements do not follow
+    each other in C order; the extent then spans from the first of them to the last.
     """
 
     name: str
@@ -157,11 +159,23 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     extent: Extent
     slices: tuple[Slice, ...] = ()
+    strides: tuple[int, ...] = ()
 
     @property
     def elements(self) -> int:
         """Number of elements; 1 for a scalar."""
         return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements; those of variable width have what their extent holds."""
+        bits = self.dtype.bits
+        return self.elements * bits // 8 if bits else self.extent.nbytes
+
+    @property
+    def dense(self) -> bool:
+        """Whether each element between its first and its last is one of its own, once."""
+        return not self.strides or self.extent.nbytes == self.nbytes
 
     @property
     def extents(self) -> tuple[Extent, ...]:
@@ -170,6 +184,14 @@ class Tensor(NamedTuple):
 
 
 NO_FILE = -1
+
+
+class Caution(NamedTuple):
+    """Something about a checkpoint that a plan warns of; `code` is stable."""
+
+    code: str
+    message: str
+    hint: str = ""
 
 
 def describe(dtype: DType, shape: tuple[int, ...]) -> str:
@@ -194,6 +216,11 @@ class Index:
         roles_from: what recorded them, for people.
         full_names: how the training program calls tensors that are saved under other names.
         own: what the format keeps to write a checkpoint of the same structure.
+        records: the bytes the format keeps one checksum each for, where these are not just those
+            of its tensors: the members of a zip file.
+        checksum: a key of `ema_cli.checksums.KINDS`: what those checksums are.
+        cautions: what a plan has to warn of.
+        lies_as: how the container itself calls tensors, where that differs.
     """
 
     format: str
@@ -205,6 +232,10 @@ class Index:
     roles_from: str = ""
     full_names: Mapping[str, str] = field(default_factory=dict)
     own: object = None
+    records: tuple[Extent, ...] = ()
+    checksum: str = "crc32c"
+    cautions: tuple[Caution, ...] = ()
+    lies_as: Mapping[str, str] = field(default_factory=dict)
 
     @functools.cached_property
     def by_name(self) -> Mapping[str, Tensor]:
@@ -214,12 +245,12 @@ class Index:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(tensor.extent.nbytes for tensor in self.tensors)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     @functools.cached_property
     def extents(self) -> tuple[Extent, ...]:
-        """The extents of all tensors and slices, in the order of `Checkpoint.checksums`."""
-        return tuple(extent for tensor in self.tensors for extent in tensor.extents)
+        """The records, or else the extents of all tensors and slices, as in `checksums`."""
+        return self.records or tuple(e for tensor in self.tensors for e in tensor.extents)
 
     @functools.cached_property
     def ordinals(self) -> Mapping[Extent, int]:
@@ -228,7 +259,10 @@ class Index:
 
 
 class Stamp(NamedTuple):
-    """A file as it was when its header was read; a different one later means it changed."""
+    """A file as it was when its header was read; a different one later means it changed.
+
+    One without a path is yet to be made: the format spills there what cannot be read in place.
+    """
 
     path: str
     size: int
@@ -249,8 +283,8 @@ class Checkpoint:
         notes: what was odd about it, but no reason to refuse it.
         index_file: the file that lists its shards, or empty.
         within: its path inside the run's directory, where it was found by searching.
-        checksums: CRC-32C of each of ``index.extents`` as uint32, or None where the format has
-            none.
+        checksums: of each of ``index.extents`` as uint32, or None where the format has none.
+        told_step: the step and what says so, where it is no tensor.
     """
 
     path: str
@@ -262,6 +296,7 @@ class Checkpoint:
     index_file: str = ""
     within: str = ""
     checksums: np.ndarray[Any, np.dtype[np.uint32]] | None = field(default=None, compare=False)
+    told_step: tuple[int, str] | None = None
 
     @property
     def name(self) -> str:
