@@ -15,8 +15,8 @@ from ema_cli.destination import check_destination, repair
 from ema_cli.errors import Disagreement, InputError, NothingToAverage, UsageError
 from ema_cli.formats import detect, read
 from ema_cli.formats.tensorflow import prefixes
-from ema_cli.kernel import SHADOW_DTYPES
-from ema_cli.layout import NAMES, OPTIMIZER, Wishes
+from ema_cli.kernel import LIKE, SHADOW_DTYPES
+from ema_cli.layout import NAMES, OPTIMIZER, UNKNOWN, Wishes
 from ema_cli.naming import SHADOW_NAME, Rule
 from ema_cli.plan import Plan, Request
 from ema_cli.running import OnEvent, RunResult, produce, refuse_warnings, run_plan
@@ -50,9 +50,11 @@ def plan_run(
     steps: str | None = None,
     step_from: str | None = None,
     order: str = "step",
+    key: str | None = None,
     select: Select = (),
-    statistics: str = "average",
+    statistics: str | None = None,
     shadow_dtype: str = "auto",
+    like: str = "tensorflow",
     non_finite: str = "error",
     names: str = "auto",
     name: str = SHADOW_NAME,
@@ -62,6 +64,7 @@ def plan_run(
     format: str | None = None,
     max_shard_size: str | int | None = None,
     optimizer: str = "auto",
+    unknown: str = "refuse",
     workers: int | None = None,
     strict: bool = False,
 ) -> Plan:
@@ -75,10 +78,12 @@ def plan_run(
         order=order,
         statistics=statistics,
         shadow_dtype=shadow_dtype,
+        like=like,
         non_finite=non_finite,
         names=names,
         dtype=dtype,
         optimizer=optimizer,
+        unknown=unknown,
     )
     _check_workers(workers)
     averages = specs.parse_averages(
@@ -89,9 +94,13 @@ def plan_run(
         zero_debias=zero_debias,
         read_text=_read_weights,
     )
-    choice = Choice(glob, last, specs.parse_window(steps) if steps else None, step_from, order)
+    specs.check_like(like, averages)
+    window = specs.parse_window(steps) if steps else None
+    choice = Choice(glob, last, window, step_from, order, key)
     shard_size = None if max_shard_size is None else specs.parse_size(max_shard_size)
-    wishes = Wishes(format, names, name, keep_variables, tuple(rule), dtype, shard_size, optimizer)
+    wishes = Wishes(
+        format, names, name, keep_variables, tuple(rule), dtype, shard_size, optimizer, unknown
+    )
     plan = planning.make(
         Request(
             paths=_paths(runs),
@@ -100,8 +109,9 @@ def plan_run(
             implicit=not average and decay is None,
             choice=choice,
             rules=_rules(select),
-            statistics=statistics,
-            shadow_dtype=shadow_dtype,
+            statistics=statistics or ("average" if like == "tensorflow" else "copy"),
+            shadow_dtype=shadow_dtype if like == "tensorflow" else "same",
+            like=like,
             non_finite=non_finite,
             wishes=wishes,
             workers=workers or machine.default_workers(),
@@ -126,9 +136,11 @@ def average_run(
     steps: str | None = None,
     step_from: str | None = None,
     order: str = "step",
+    key: str | None = None,
     select: Select = (),
-    statistics: str = "average",
+    statistics: str | None = None,
     shadow_dtype: str = "auto",
+    like: str = "tensorflow",
     non_finite: str = "error",
     names: str = "auto",
     name: str = SHADOW_NAME,
@@ -138,6 +150,7 @@ def average_run(
     format: str | None = None,
     max_shard_size: str | int | None = None,
     optimizer: str = "auto",
+    unknown: str = "refuse",
     overwrite: bool = False,
     workers: int | None = None,
     strict: bool = False,
@@ -163,9 +176,13 @@ def average_run(
         steps: ``A:B[:C]``, both ends included; with C only steps where C divides step - A.
         step_from: regular expression whose first group is the step in a name.
         order: ``step`` or ``given``.
+        key: where the model is inside a checkpoint that holds more, e.g. ``state/model``.
         select: ordered pairs ``("include" | "exclude", glob)``; the last match wins.
-        statistics: ``average`` or ``copy`` batch-norm statistics.
+        statistics: ``average`` or ``copy`` batch-norm statistics; PyTorch and Keras copy them,
+            and so does `like` them.
         shadow_dtype: ``auto`` accumulates half types in float32, ``same`` has TensorFlow's bits.
+        like: whose arithmetic: ``tensorflow``, ``torch`` (AveragedModel) or ``keras`` (use_ema),
+            in the variables' own dtypes.
         non_finite: ``error`` or ``allow``.
         names: ``auto``, ``shadow`` or ``variable``.
         name: of the shadows.
@@ -175,6 +192,7 @@ def average_run(
         format: of the output; else its suffix or the input decides.
         max_shard_size: e.g. ``"5GB"``; for folders.
         optimizer: ``auto``, ``keep`` or ``drop`` optimizer state.
+        unknown: ``refuse``, ``keep`` or ``drop`` objects in a pickle that are no plain data.
         overwrite: replace an existing output.
         workers: threads; default from affinity and cgroup limits.
         strict: treat warnings and unusable entries as errors.
@@ -201,9 +219,11 @@ def average_run(
         steps=steps,
         step_from=step_from,
         order=order,
+        key=key,
         select=select,
         statistics=statistics,
         shadow_dtype=shadow_dtype,
+        like=like,
         non_finite=non_finite,
         names=names,
         name=name,
@@ -213,6 +233,7 @@ def average_run(
         format=format,
         max_shard_size=max_shard_size,
         optimizer=optimizer,
+        unknown=unknown,
         workers=workers,
         strict=strict,
     )
@@ -223,21 +244,24 @@ def average_run(
 # ---------------------------------------------------------------------------- looking
 
 
-def inspect(path: str | os.PathLike[str]) -> Checkpoint | Run:
+def inspect(path: str | os.PathLike[str], *, key: str | None = None) -> Checkpoint | Run:
     """Return the checkpoint at `path`, or the run in that directory; headers and steps only.
+
+    `key` is where the model is inside a checkpoint that holds more.
 
     Raises `InputError` when it is neither, `NothingToAverage` for a directory without any.
     """
     text = os.fspath(path)
-    if os.path.isdir(text) and is_run(text, Choice()):
+    choice = Choice(key=key)
+    if os.path.isdir(text) and is_run(text, choice):
         try:
-            return find([text], Choice())
+            return find([text], choice)
         except (NothingToAverage, Disagreement) as error:
             # Outputs of ours, or one checkpoint without a step, can be looked at all the same.
             several = isinstance(error, Disagreement) and len(prefixes(text)) > 1
             if several or detect(text) is None:
                 raise
-    return find_one(text)
+    return find_one(text, key)
 
 
 def restore_map(
@@ -246,6 +270,7 @@ def restore_map(
     program: str | Sequence[str] | None = None,
     select: Select = (),
     name: str = SHADOW_NAME,
+    key: str | None = None,
 ) -> RestoreMap:
     """Return what ``variables_to_restore`` asks for, and where in the checkpoint it is found.
 
@@ -257,10 +282,11 @@ def restore_map(
         select: ordered pairs ``("include" | "exclude", glob)`` that choose the moving-average
             variables.
         name: of the shadows.
+        key: where the model is inside a checkpoint that holds more.
     """
     from ema_cli.restoring import restored
 
-    return restored(read(os.fspath(checkpoint), {}), program, _rules(select), name)
+    return restored(read(os.fspath(checkpoint), {}, key or ""), program, _rules(select), name)
 
 
 def diff(
@@ -269,17 +295,20 @@ def diff(
     *,
     atol: float = 0.0,
     rtol: float = 0.0,
+    key: str | None = None,
 ) -> list[Difference]:
     """Return how checkpoint `b` differs from `a`; an empty list when it does not.
 
     Exact by default: names, dtypes, shapes and bits. With a tolerance two values agree when
-    ``|a - b| <= atol + rtol * |b|`` in float64, whatever their dtypes.
+    ``|a - b| <= atol + rtol * |b|`` in float64, whatever their dtypes. `key` is where the model is
+    inside checkpoints that hold more.
     """
     from ema_cli.comparison import compare
 
     if not (0 <= atol < float("inf") and 0 <= rtol < float("inf")):
         raise UsageError(f"--atol and --rtol: expected numbers >= 0, found {atol} and {rtol}")
-    return compare(read(os.fspath(a), {}), read(os.fspath(b), {}), atol, rtol)
+    one, other = (read(os.fspath(path), {}, key or "") for path in (a, b))
+    return compare(one, other, atol, rtol)
 
 
 # ---------------------------------------------------------------------------- renaming
@@ -293,6 +322,7 @@ def rename(
     name: str = SHADOW_NAME,
     rule: Sequence[tuple[str, str]] = (),
     format: str | None = None,
+    key: str | None = None,
     overwrite: bool = False,
     workers: int | None = None,
     executor: Executor | None = None,
@@ -308,6 +338,7 @@ def rename(
         name: of the shadows.
         rule: (pattern, replacement) pairs applied afterwards.
         format: of the output; else its suffix or the input decides.
+        key: where the model is inside a checkpoint that holds more.
         overwrite: replace an existing output.
         workers: threads; default from affinity and cgroup limits.
         executor: any `concurrent.futures.Executor`; threads when None.
@@ -324,6 +355,7 @@ def rename(
         (os.fspath(checkpoint),),
         os.fspath(output),
         (),
+        choice=Choice(key=key),
         wishes=Wishes(format=format, names=names or "auto", name=name, rules=tuple(rule)),
         workers=workers or machine.default_workers(),
     )
@@ -342,12 +374,14 @@ _CHOICES = {
     "num_updates": (None, *specs.NUM_UPDATES),
     "init": specs.INITS,
     "order": ORDERS,
-    "statistics": STATISTICS,
+    "statistics": (None, *STATISTICS),
     "shadow_dtype": SHADOW_DTYPES,
+    "like": LIKE,
     "non_finite": ("error", "allow"),
     "names": NAMES,
     "dtype": (None, *AVERAGED_DTYPES),
     "optimizer": OPTIMIZER,
+    "unknown": UNKNOWN,
 }
 
 

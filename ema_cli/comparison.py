@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ema_cli import spilling
 from ema_cli.kernel import Array
 from ema_cli.reading import TensorReader
-from ema_cli.tensors import Checkpoint, Tensor, describe
+from ema_cli.tensors import Checkpoint, Extent, Tensor, describe
 
 _BLOCK_ELEMENTS = 1 << 18
 
@@ -40,6 +41,13 @@ class Difference:
 
 def compare(a: Checkpoint, b: Checkpoint, atol: float, rtol: float) -> list[Difference]:
     """Return the differences in the order of A's tensors, then those only B has."""
+    both = a.index.by_name.keys() & b.index.by_name.keys()
+    with spilling.readable(a, both) as left, spilling.readable(b, both) as right:
+        return _compare(left, right, atol, rtol)
+
+
+def _compare(a: Checkpoint, b: Checkpoint, atol: float, rtol: float) -> list[Difference]:
+    verified: tuple[set[Extent], set[Extent]] = (set(), set())
     found: list[Difference] = []
     for tensor in a.index.tensors:
         other = b.index.by_name.get(tensor.name)
@@ -47,7 +55,8 @@ def compare(a: Checkpoint, b: Checkpoint, atol: float, rtol: float) -> list[Diff
             shown = describe(tensor.dtype, tensor.shape)
             found.append(Difference(tensor.name, "only in A", a=shown))
         else:
-            difference = _tensor(a, tensor, b, other, atol, rtol)
+            opened = (TensorReader(a, tensor, verified[0]), TensorReader(b, other, verified[1]))
+            difference = _tensor(tensor, other, *opened, atol, rtol)
             if difference is not None:
                 found.append(difference)
     for tensor in b.index.tensors:
@@ -58,7 +67,7 @@ def compare(a: Checkpoint, b: Checkpoint, atol: float, rtol: float) -> list[Diff
 
 
 def _tensor(
-    a: Checkpoint, mine: Tensor, b: Checkpoint, other: Tensor, atol: float, rtol: float
+    mine: Tensor, other: Tensor, a: TensorReader, b: TensorReader, atol: float, rtol: float
 ) -> Difference | None:
     shown = describe(mine.dtype, mine.shape), describe(other.dtype, other.shape)
     if mine.shape != other.shape:
@@ -67,7 +76,7 @@ def _tensor(
     numeric = mine.dtype.bits >= 8 and other.dtype.bits >= 8
     if mine.dtype != other.dtype and (exact or not numeric):
         return Difference(mine.name, "dtype", *shown)
-    with TensorReader(a, mine) as left, TensorReader(b, other) as right:
+    with a as left, b as right:
         return _values(mine.name, left, right, atol, rtol)
 
 

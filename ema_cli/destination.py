@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from ema_cli import durable, provenance
 from ema_cli.blueprint import Layout
 from ema_cli.errors import OutputExists, StorageError, storage_errors
-from ema_cli.formats import FORMATS, sharded, tensorflow
+from ema_cli.formats import FORMATS, folders, tensorflow
 from ema_cli.tensors import Stamp
 from ema_cli.text import shorten
 
@@ -100,12 +100,11 @@ def _check_folder(path: str) -> None:
         raise OutputExists(f"{shown}: expected a folder to replace, found a file")
     with os.scandir(path) as listing:
         entries = list(listing)
-    indexes, weights = sharded.contents(path)
-    own = {*indexes, *weights, *sharded.side_files(path)}
+    own = folders.own_files(path)
     foreign = next(
         (e.name for e in entries if e.name not in own or not e.is_file(follow_symlinks=False)), None
     )
-    if entries and (foreign is not None or not sharded.is_checkpoint(path)):
+    if entries and (foreign is not None or not folders.is_checkpoint(path)):
         what = f"it holds '{shorten(foreign)}'" if foreign else "it holds no checkpoint"
         raise OutputExists(
             f"{shown}: only a folder with nothing but a checkpoint is replaced, and {what}",

@@ -26,6 +26,9 @@ ASIDE_SUFFIX = ".ema-avg.old"
 # While the files of a prefix are moved there, they wait under ".NAME" + this: all of them are old.
 MOVING_SUFFIX = ".ema-avg.moving"
 
+# What has to be unpacked before it can be read lies beside the output under ".NAME" + this.
+SPILL_SUFFIX = ".ema-avg.spill"
+
 
 def beside(path: str, suffix: str) -> str:
     """Return the hidden working name for `path` in the same directory."""
@@ -254,4 +257,5 @@ def remove_empty(directories: Iterable[str]) -> None:
 
 def is_temporary(name: str) -> bool:
     """Whether an interrupted run of ours may have left a file of this name."""
-    return name.startswith(".") and name.endswith((TEMPORARY_SUFFIX, ASIDE_SUFFIX, MOVING_SUFFIX))
+    suffixes = (TEMPORARY_SUFFIX, ASIDE_SUFFIX, MOVING_SUFFIX, SPILL_SUFFIX)
+    return name.startswith(".") and name.endswith(suffixes)

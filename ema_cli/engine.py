@@ -18,7 +18,7 @@ from ema_cli.plan import BLOCK_ELEMENTS, TASK_ELEMENTS, Plan, block_elements
 from ema_cli.ranges import Copy, Range
 from ema_cli.schedules import counting
 from ema_cli.tasks import Accumulator, Done, Flaw, Part, Piece, Source, Task, Unit
-from ema_cli.tensors import DTYPES, numpy_dtype, swap_width
+from ema_cli.tensors import numpy_dtype, swap_width
 from ema_cli.worker import run_task
 
 
@@ -88,10 +88,10 @@ def tasks(plan: Plan, outputs: Sequence[str]) -> Iterator[Task]:
         batch.append(piece)
         filled += piece.elements
         if filled >= TASK_ELEMENTS:
-            yield Task(plan.inputs, paths, tuple(batch), handles, check, block)
+            yield Task(plan.inputs, paths, tuple(batch), handles, check, block, plan.request.like)
             batch, filled = [], 0
     if batch:
-        yield Task(plan.inputs, paths, tuple(batch), handles, check, block)
+        yield Task(plan.inputs, paths, tuple(batch), handles, check, block, plan.request.like)
 
 
 def pieces(plan: Plan) -> Iterator[Piece]:
@@ -105,25 +105,24 @@ def pieces(plan: Plan) -> Iterator[Piece]:
         ]
         sources = _sources(plan, work, used)
         accumulators = tuple(
-            Accumulator(c, divisor, targets)
-            for c, divisor, targets in zip(coefficients, divisors, work.targets, strict=True)
+            Accumulator(c, divisor, targets, schedule.decay)
+            for c, divisor, targets, schedule in zip(
+                coefficients, divisors, work.targets, plan.schedules, strict=True
+            )
             if targets
         )
         for start in range(0, work.elements, TASK_ELEMENTS):
             count = min(TASK_ELEMENTS, work.elements - start)
-            yield Piece(shadow, count, start, sources, accumulators, work.group)
+            yield Piece(shadow, count, start, sources, accumulators)
     for copy in plan.copies:
-        yield from _copied_pieces(copy)
+        yield from _copied_pieces(plan, copy)
 
 
 def _sources(plan: Plan, work: Range, used: Sequence[int]) -> tuple[Source, ...]:
-    width = DTYPES[work.dtype].bits // 8
     sources = []
     for k in used:
         file, offset, grid, unit = work.places[plan.index_of[k]]
         checkpoint = plan.run.checkpoints[k]
-        checked = checkpoint.checksums is not None
-        unit = unit or (offset, offset + work.elements * width)
         sources.append(
             Source(
                 plan.first_input[k] + file,
@@ -131,19 +130,19 @@ def _sources(plan: Plan, work: Range, used: Sequence[int]) -> tuple[Source, ...]
                 work.dtype,
                 swap_width(work.dtype) if checkpoint.index.big_endian else 0,
                 grid,
-                unit if checked else None,
+                unit if checkpoint.checksums is not None else None,
+                checkpoint.index.checksum,
             )
         )
     return tuple(sources)
 
 
-def _copied_pieces(copy: Copy) -> Iterator[Piece]:
+def _copied_pieces(plan: Plan, copy: Copy) -> Iterator[Piece]:
     step = TASK_ELEMENTS * 4
     file, offset, grid, unit = copy.place
-    unit = unit or (offset, offset + copy.nbytes)
-    sources = (Source(file, offset, COPY, 0, grid, unit if copy.checked else None),)
+    kind = plan.checksum_of(file) if unit else ""
+    sources = (Source(file, offset, COPY, 0, grid, unit, kind),)
     accumulators = (Accumulator((1.0,), None, copy.targets),)
     for start in range(0, copy.nbytes, step):
         count = min(step, copy.nbytes - start)
-        # Ranges to average count their groups upwards from 0.
-        yield Piece(COPY, count, start, sources, accumulators, -1 - copy.group)
+        yield Piece(COPY, count, start, sources, accumulators)

@@ -20,7 +20,7 @@ def run_words(request: Request, averages: tuple[Average, ...]) -> list[str]:
     for rule in request.rules:
         words += ["--include" if rule.include else "--exclude", rule.pattern]
     plain = Request((), None, ())
-    for option in ("statistics", "shadow_dtype", "non_finite"):
+    for option in ("statistics", "shadow_dtype", "like", "non_finite"):
         words += _option(option, getattr(request, option), getattr(plain, option))
     return [*words, *_wishes(request.wishes), "-o", request.output or "OUT"]
 
@@ -34,7 +34,7 @@ def _choice(choice: Choice) -> list[str]:
     if choice.steps is not None:
         start, stop, stride = ("" if n is None else str(n) for n in choice.steps)
         words += ["--steps", f"{start}:{stop}" + (f":{stride}" if stride else "")]
-    for option in ("glob", "last", "step_from", "order"):
+    for option in ("glob", "last", "step_from", "order", "key"):
         words += _option(option, getattr(choice, option), getattr(Choice(), option))
     return words
 

@@ -23,6 +23,7 @@ from ema_cli.tensors import DTYPES, numpy_dtype
 Array = np.ndarray[Any, Any]
 
 SHADOW_DTYPES = ("auto", "same")
+LIKE = ("tensorflow", "torch", "keras")
 
 
 def quiet() -> np.errstate:

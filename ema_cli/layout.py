@@ -24,15 +24,19 @@ from ema_cli.blueprint import (
     Layout,
     entry_of,
 )
-from ema_cli.errors import UsageError
-from ema_cli.formats import FORMATS, foreign, sharded, tensorflow
+from ema_cli.errors import UnsupportedInput, UsageError
+from ema_cli.formats import FORMATS, folders, foreign, tensorflow
 from ema_cli.naming import role_in, shadow_of
 from ema_cli.selection import Selection
-from ema_cli.tensors import DTYPES, Checkpoint, Index, Role, Tensor, numpy_dtype
-from ema_cli.text import shorten
+from ema_cli.tensors import DTYPES, NO_FILE, Checkpoint, Index, Role, Tensor, numpy_dtype
+from ema_cli.text import shorten, size
 
 NAMES = ("auto", "shadow", "variable")
 OPTIMIZER = ("auto", "keep", "drop")
+UNKNOWN = ("refuse", "keep", "drop")
+# What a tensor that shows few bytes many times may become where every element is stored.
+EXPANSION_LIMIT = 1 << 30
+_FOLDER = folders.SAFETENSORS.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,7 @@ class Wishes:
     dtype: str | None = None
     max_shard_size: int | None = None
     optimizer: str = "auto"
+    unknown: str = "refuse"
 
 
 def output_format(path: str, wishes: Wishes, last: Checkpoint) -> str:
@@ -59,8 +64,9 @@ def output_format(path: str, wishes: Wishes, last: Checkpoint) -> str:
         chosen = wishes.format
     else:
         suffix = os.path.splitext(path.rstrip("/"))[1]
-        by_suffix = [name for name, f in FORMATS.items() if f.suffix and f.suffix == suffix]
-        if not by_suffix and suffix in foreign.SUFFIXES and suffix not in (".ckpt", ".bin"):
+        rows = FORMATS.items()
+        by_suffix = [name for name, f in rows if suffix and suffix in (f.suffix, *f.also)]
+        if not by_suffix and suffix in foreign.SUFFIXES:
             title = foreign.SUFFIXES[suffix].title
             raise UsageError(
                 f"-o {shorten(path)}: this version does not write {title} files",
@@ -71,12 +77,12 @@ def output_format(path: str, wishes: Wishes, last: Checkpoint) -> str:
     if path.endswith("/") and row.kind == "file":
         raise UsageError(
             f"-o {shorten(path)}: expected the name of a file, found that of a directory",
-            f"-o {shorten(path)}average.safetensors, or a folder with --format {sharded.NAME}",
+            f"-o {shorten(path)}average.safetensors, or a folder with --format {_FOLDER}",
         )
     if wishes.max_shard_size is not None and row.kind != "folder":
         raise UsageError(
             f"--max-shard-size: a {row.title} is not written in shards",
-            f"write a folder with --format {sharded.NAME}",
+            f"write a folder with --format {_FOLDER}",
         )
     return chosen
 
@@ -90,7 +96,7 @@ def output_names(wishes: Wishes, chosen: str, last: Index) -> str:
     names = wishes.names
     if names == "auto":
         objects = chosen == last.format and naming.OBJECT_GRAPH in last.by_name
-        names = "variable" if FORMATS[chosen].kind == "folder" or objects else "shadow"
+        names = "variable" if FORMATS[chosen].plain_names or objects else "shadow"
     if names == "variable" and wishes.keep_variables:
         raise UsageError(
             "--keep-variables: with --names variable the averages stand under these names",
@@ -136,11 +142,14 @@ def _is_template(wishes: Wishes, chosen: str, names: str, last: Checkpoint, s: S
 
 def _tied(index: Index, selection: Selection) -> bool:
     """Whether bytes have two names of which one is averaged and the other is not."""
-    if len(index.ordinals) == len(index.extents):
-        return False
     averaged = {tensor.name for tensor in (*selection.averaged, *selection.replaced)}
-    mixed = {e for t in index.tensors if t.name in averaged for e in t.extents if e.nbytes}
-    return any(e in mixed for t in index.tensors if t.name not in averaged for e in t.extents)
+    marked = sorted((e, t.name in averaged) for t in index.tensors for e in t.extents if e.nbytes)
+    ends = {True: (NO_FILE, 0), False: (NO_FILE, 0)}  # of the bytes that are averaged, or not
+    for (file, offset, n_bytes), mine in marked:
+        if ends[not mine] > (file, offset):
+            return True
+        ends[mine] = max(ends[mine], (file, offset + n_bytes))
+    return False
 
 
 def lay_out(
@@ -158,22 +167,30 @@ def lay_out(
     naming.check_shadow_name(wishes.name)
     chosen = output_format(path, wishes, last)
     names = output_names(wishes, chosen, last.index)
-    template = _is_template(wishes, chosen, names, last, selection)
+    draft = None
+    if _is_template(wishes, chosen, names, last, selection):
+        changed = (*selection.averaged, *selection.replaced)
+        draft = FORMATS[chosen].template(last, changed, wishes.unknown)
+    template = draft is not None
     # What an object graph names must be there, or tf.train.Checkpoint cannot restore the whole.
     whole = template or (chosen == last.index.format and naming.OBJECT_GRAPH in last.index.by_name)
     keep_optimizer = wishes.optimizer == "keep" or (wishes.optimizer == "auto" and whole)
-    entries = _entries(selection, wishes, names, last.index, keep_optimizer, updates is not None)
+    entries = _entries(selection, wishes, names, last.index, updates is not None)
+    if keep_optimizer:
+        entries += _kept(selection.optimizer, wishes)
     if template:  # whose shadows become the average too, so that whoever restores them gets it
         by_name = last.index.by_name
         entries += [_kept_shadow(tensor, wishes.name, by_name) for tensor in selection.replaced]
-    left_out = (
-        [] if template else [(t.name, "replaced by this average") for t in selection.replaced]
-    )
+        entries += _kept(selection.beside, wishes)
+    left_out = []
+    if not template:
+        left_out += [(t.name, "replaced by this average") for t in selection.replaced]
+        left_out += [(t.name, "beside the model") for t in selection.beside]
     if not keep_optimizer:
         left_out += [(t.name, "optimizer state") for t in selection.optimizer]
     entries, unsayable = representable(entries, chosen)
     left_out += unsayable
-    draft = _draft(entries, last, chosen, template, wishes)
+    draft = draft or _fresh(entries, last, chosen, wishes)
     big_endian = chosen == last.index.format and last.index.big_endian
     files = _with_local_steps(draft, entries, updates, big_endian)
     return Layout(
@@ -188,16 +205,24 @@ def lay_out(
         last,
         template,
         big_endian,
+        draft.sums,
+        draft.own,
+        draft.notes,
     )
 
 
-def _draft(
-    entries: Sequence[Entry], last: Checkpoint, chosen: str, template: bool, wishes: Wishes
-) -> Draft:
+def _fresh(entries: Sequence[Entry], last: Checkpoint, chosen: str, wishes: Wishes) -> Draft:
     row = FORMATS[chosen]
-    if template:
-        return row.template(last)
     naming.check_distinct(((entry.name, entry.source) for entry in entries), row.can_name)
+    for entry in entries:
+        source = last.index.by_name[entry.source]
+        if source.nbytes - source.extent.nbytes > EXPANSION_LIMIT and not source.slices:
+            raise UnsupportedInput(
+                f"{shorten(last.path, 1000)}: tensor '{shorten(source.name)}' shows "
+                f"{size(source.extent.nbytes)} as {size(source.nbytes)}, which are not written out",
+                f"leave it out, or keep the format and the names; it is the tensor that "
+                f"'{shorten(entry.name)}' is made of",
+            )
     return row.fresh(entries, last, wishes.max_shard_size)
 
 
@@ -214,11 +239,11 @@ def lay_out_entries(
     entries, unsayable = representable(entries, chosen)
     row = FORMATS[chosen]
     same = chosen == source.index.format
-    naming.check_distinct(((entry.name, entry.source) for entry in entries), row.can_name)
     if same and row.renamed is not None:
+        naming.check_distinct(((entry.name, entry.source) for entry in entries), row.can_name)
         draft = row.renamed(entries, source)
     else:
-        draft = row.fresh(entries, source, wishes.max_shard_size)
+        draft = _fresh(entries, source, chosen, wishes)
     return Layout(
         output_path(path, chosen, source.step),
         chosen,
@@ -230,6 +255,9 @@ def lay_out_entries(
         (*left_out, *unsayable),
         source,
         big_endian=same and source.index.big_endian,
+        sums=draft.sums,
+        own=draft.own,
+        notes=draft.notes,
     )
 
 
@@ -252,7 +280,6 @@ def _entries(
     wishes: Wishes,
     names: str,
     index: Index,
-    keep_optimizer: bool,
     debiased: bool,
 ) -> list[Entry]:
     rules = naming.compile_rules(wishes.rules)
@@ -269,9 +296,13 @@ def _entries(
         if names == "shadow" and trainable and shadow not in copied:
             # A restore asks for the shadow of every trainable variable, averaged or not.
             made.append(entry_of(shadow, tensor, COPY))
-    if keep_optimizer:
-        made.extend(entry_of(tensor.name, tensor, COPY) for tensor in selection.optimizer)
     return [entry._replace(name=naming.apply_rules(entry.name, rules)) for entry in made]
+
+
+def _kept(tensors: Iterable[Tensor], wishes: Wishes) -> list[Entry]:
+    """Return the entries of tensors that are copied and belong to no variable."""
+    rules = naming.compile_rules(wishes.rules)
+    return [entry_of(naming.apply_rules(t.name, rules), t, COPY) for t in tensors]
 
 
 def _averaged(

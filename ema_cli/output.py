@@ -12,7 +12,8 @@ from concurrent.futures import Executor
 from typing import Any
 
 from ema_cli import destination, durable, provenance
-from ema_cli.blueprint import Layout
+from ema_cli.blueprint import Layout, Patch
+from ema_cli.checksums import CRC32C
 from ema_cli.errors import EmaError, StorageError, storage_errors
 from ema_cli.formats import FORMATS, Known
 from ema_cli.tensors import NO_FILE, Extent
@@ -39,9 +40,11 @@ class Unpublished:
             self._readable = os.path.join(self.root, os.path.basename(self.destination))
         self._files = provenance.files_of(self._readable, [file.name for file in layout.files])
         self.paths = [path for _, path in self._files]
-        self.notes: list[str] = []
+        self.notes = list(layout.notes)
         self._lock = -1
         self._made: list[str] = []
+        # CRC-32C for each 64 MiB of the files that the seal made known already.
+        self._summed: dict[int, list[int]] = {}
         self._published = False
 
     def __enter__(self) -> Unpublished:
@@ -101,17 +104,12 @@ class Unpublished:
         Returns for each file its size and checksums: one CRC-32C per 64 MiB, as eight hex digits,
         and none of a file copied whole.
         """
-        crc_of: dict[Extent, int] = {}
-        seal = FORMATS[self.layout.format].seal
-        wanted = self._extents() if seal is not None else {}
-        sums = [
-            self._checksums(executor, ordinal, wanted.get(ordinal, ()), crc_of)
-            for ordinal in range(len(self.paths) - (seal is not None))
-        ]
-        if seal is not None:
-            ordinal, data = seal(self.layout, crc_of)
-            self._write(self.paths[ordinal], data)
-            sums.insert(ordinal, self._checksums(executor, ordinal, (), {}))
+        row = FORMATS[self.layout.format]
+        if row.seal is not None:
+            for patch in row.seal(self.layout, self._sums(executor, row.checksum)):
+                self._write(self.paths[patch.file], patch)
+                self._summed.pop(patch.file, None)
+        sums = [self._checksums(executor, ordinal) for ordinal in range(len(self.paths))]
         self._check_index()
         for path in self.paths:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -123,50 +121,57 @@ class Unpublished:
             durable.sync(self._lock, self.root)
         return [(os.path.getsize(path), some) for path, some in zip(self.paths, sums, strict=True)]
 
-    def _write(self, path: str, data: bytes) -> None:
+    def _write(self, path: str, patch: Patch) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            durable.write_exact(fd, data, 0, path)
-            with storage_errors(path, "cannot write"):
-                os.ftruncate(fd, len(data))
+            durable.write_exact(fd, patch.data, patch.offset, path)
+            if patch.whole:
+                with storage_errors(path, "cannot write"):
+                    os.ftruncate(fd, patch.offset + len(patch.data))
         finally:
             os.close(fd)
 
-    def _checksums(
-        self, executor: Executor, ordinal: int, wanted: Sequence[Extent], crc_of: dict[Extent, int]
-    ) -> list[str]:
-        """Return the checksums of a file, and add those of the wanted extents to `crc_of`."""
+    def _sums(self, executor: Executor, kind: str) -> dict[Extent, int]:
+        """Return the checksum of each extent that the seal needs."""
+        wanted: dict[int, list[Extent]] = defaultdict(list)
+        for extent in self.layout.sums:
+            wanted[extent.file].append(extent)
+        found: dict[Extent, int] = {}
+        for ordinal, extents in wanted.items():
+            path = self.paths[ordinal]
+            cut = provenance.cuts(os.path.getsize(path), [extent[1:] for extent in extents])
+            summed = self._stretches(executor, path, cut, kind)
+            found.update((e, summed.between(e.offset, e.offset + e.nbytes)) for e in extents)
+            if kind == CRC32C:
+                self._summed[ordinal] = [summed.between(ends[0], ends[-1]) for ends in cut]
+        return found
+
+    def _checksums(self, executor: Executor, ordinal: int) -> list[str]:
+        """Return the checksums of a file for its provenance."""
         if self.layout.files[ordinal].copy_of and FORMATS[self.layout.format].renamed:
             return []  # of the size of the model, and as good as what it is a copy of
-        path = self.paths[ordinal]
-        n_bytes = os.path.getsize(path)
-        ends = provenance.cuts(n_bytes, [extent[1:] for extent in wanted])
-        futures = [executor.submit(provenance.checksums, path, some) for some in ends]
-        crcs = [future.result() for future in futures]
-        edges = [end for some in ends for end in some[:-1]] + [n_bytes]
-        place = {edge: k for k, edge in enumerate(edges)}
-        flat = [crc for some in crcs for crc in some]
-        for extent in wanted:
-            first, last = place[extent.offset], place[extent.offset + extent.nbytes]
-            crc_of[extent] = provenance.joined(flat[first:last], edges[first : last + 1])
-        return [
-            f"{provenance.joined(some, edge):08x}" for some, edge in zip(crcs, ends, strict=True)
-        ]
+        crcs = self._summed.get(ordinal)
+        if crcs is None:
+            path = self.paths[ordinal]
+            cut = provenance.cuts(os.path.getsize(path))
+            crcs = self._stretches(executor, path, cut, CRC32C).crcs
+        return [f"{crc:08x}" for crc in crcs]
 
-    def _extents(self) -> dict[int, list[Extent]]:
-        """Return the extents of the output's tensors, by the ordinals of their files."""
-        extents: dict[int, list[Extent]] = defaultdict(list)
-        for tensor in self.layout.places.values():
-            for extent in tensor.extents:
-                extents[extent.file].append(extent)
-        return extents
+    def _stretches(
+        self, executor: Executor, path: str, cut: Sequence[Sequence[int]], kind: str
+    ) -> provenance.Stretches:
+        futures = [executor.submit(provenance.checksums, path, ends, kind) for ends in cut]
+        crcs = [crc for future in futures for crc in future.result()]
+        edges = [end for ends in cut for end in ends[:-1]] + [os.path.getsize(path)]
+        return provenance.Stretches(crcs, edges, kind)
 
     def _check_index(self) -> None:
         """Read the index back, with our reader and with the reference one."""
         row = FORMATS[self.layout.format]
-        written = row.read(self._readable, self._known())
+        written = row.read(self._readable, self._known(), "")
         names = [file.name for file in self.layout.files]
-        order = [names.index(name) for name in written.index.names]
+        made = zip(written.index.names, written.files, strict=False)
+        order = [names.index(name) if f.path else k for k, (name, f) in enumerate(made)]
         expected = {entry.name: self.layout.places[entry.name] for entry in self.layout.entries}
         for tensor in written.index.tensors:
             moved = tensor

@@ -6,19 +6,20 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ema_cli import kernel, ranges, runs, search
+from ema_cli import kernel, ranges, runs, search, spilling
 from ema_cli.averages import Average
 from ema_cli.blueprint import Layout
+from ema_cli.coverage import cover
 from ema_cli.durable import free_bytes
 from ema_cli.errors import UsageError
 from ema_cli.formats import Known
-from ema_cli.formats.sharded import refuse_quantized
+from ema_cli.formats.sidefiles import refuse_quantized
 from ema_cli.layout import Wishes, lay_out
 from ema_cli.naming import Rule
 from ema_cli.ranges import Copy, Destination, Range
 from ema_cli.schedules import Schedule, counting, schedule
 from ema_cli.selection import Selection, check_agreement, check_rules_of, select
-from ema_cli.tensors import Checkpoint, Index, Stamp, numpy_dtype
+from ema_cli.tensors import DTYPES, Checkpoint, Index, Stamp, numpy_dtype
 from ema_cli.text import shorten
 
 # Elements of one block; half of it when several accumulators share the cache. Measured on 2 cores
@@ -47,6 +48,7 @@ class Request:
     rules: tuple[Rule, ...] = ()
     statistics: str = "average"
     shadow_dtype: str = "auto"
+    like: str = "tensorflow"
     non_finite: str = "error"
     wishes: Wishes = field(default_factory=Wishes)
     workers: int = 1
@@ -75,12 +77,16 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What carrying out a plan takes, in bytes; `free` is what the disk has now."""
+    """What carrying out a plan takes, in bytes; `free` is what the disk has now.
+
+    `spill` is what has to be unpacked to a temporary file before it can be read.
+    """
 
     read: int
     write: int
     memory: int
     free: int
+    spill: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +104,7 @@ class Plan:
         averaged: ranges to average.
         copies: bytes to copy.
         costs: bytes read, written, held and free.
+        spilled: for each checkpoint, the tensors that have to be unpacked first.
     """
 
     request: Request
@@ -110,6 +117,12 @@ class Plan:
     averaged: tuple[Range, ...]
     copies: tuple[Copy, ...]
     costs: Costs
+    spilled: tuple[tuple[str, ...], ...] = ()
+
+    def checksum_of(self, file: int) -> str:
+        """Return what the checksums of the checkpoint are that an input file belongs to."""
+        used = [k for k, first in enumerate(self.first_input) if 0 <= first <= file]
+        return self.run.checkpoints[max(used, key=self.first_input.__getitem__)].index.checksum
 
 
 def make(request: Request) -> Plan:
@@ -131,7 +144,12 @@ def make(request: Request) -> Plan:
     last = run.checkpoints[used[-1]]
     selection = next(o.selection for o in outcomes if o.last is last)
     averaged = ranges.averaged_ranges(selection.averaged, indexes, destinations, len(schedules))
-    copies = _copies(outcomes, destinations, run.checkpoints, inputs, first_input)
+    copies = _copies(outcomes, destinations, run.checkpoints, first_input)
+    whole = list(ranges.file_copies(destinations, inputs))
+    averaged, copies = cover(
+        averaged, copies, whole, run.checkpoints, indexes, index_of, first_input
+    )
+    spilled = _spilled(run, used, outcomes)
     return Plan(
         request,
         run,
@@ -142,8 +160,23 @@ def make(request: Request) -> Plan:
         tuple(index_of),
         tuple(averaged),
         tuple(copies),
-        _costs(request, schedules, outcomes, indexes, copies),
+        _costs(request, schedules, outcomes, indexes, averaged, copies, run, spilled),
+        spilled,
     )
+
+
+def _spilled(
+    run: runs.Run, used: Sequence[int], outcomes: Sequence[Outcome]
+) -> tuple[tuple[str, ...], ...]:
+    """Return for each checkpoint the tensors that are read and have to be unpacked before."""
+    averaged = {t.name for outcome in outcomes for t in outcome.selection.averaged}
+    found: list[tuple[str, ...]] = [()] * len(run.checkpoints)
+    for k in used:
+        checkpoint = run.checkpoints[k]
+        mine = [o.layout for o in outcomes if o.last is checkpoint]
+        copied = {e.source for layout in mine for e in ranges.copied_entries(layout)}
+        found[k] = tuple(spilling.spilled(checkpoint, averaged | copied))
+    return tuple(found)
 
 
 def _check_output(request: Request) -> None:
@@ -162,7 +195,7 @@ def _schedules(request: Request, run: runs.Run) -> tuple[list[Schedule], list[in
     distinct: list[Schedule] = []
     ordinals = []
     for average in request.averages:
-        new = schedule(average, run.steps, names)
+        new = schedule(average, run.steps, names, request.like)
         if new not in distinct:
             distinct.append(new)
         ordinals.append(distinct.index(new))
@@ -244,7 +277,6 @@ def _copies(
     outcomes: Sequence[Outcome],
     destinations: Sequence[Destination],
     checkpoints: Sequence[Checkpoint],
-    inputs: list[Stamp],
     first_input: Sequence[int],
 ) -> list[Copy]:
     copies: list[Copy] = []
@@ -252,7 +284,6 @@ def _copies(
         mine = [d for o, d in zip(outcomes, destinations, strict=True) if o.last is checkpoint]
         if mine:
             copies.extend(ranges.copied_ranges(checkpoint, mine, first_input[k]))
-    copies.extend(ranges.side_copies(destinations, inputs))
     return copies
 
 
@@ -267,10 +298,13 @@ def _costs(
     schedules: Sequence[Schedule],
     outcomes: Sequence[Outcome],
     indexes: Sequence[Index],
+    averaged: Sequence[Range],
     copies: Sequence[Copy],
+    run: runs.Run,
+    spilled: Sequence[Sequence[str]],
 ) -> Costs:
     passes = len(counting(schedules))
-    averaged = sum(tensor.extent.nbytes for tensor in outcomes[0].selection.averaged)
+    n_bytes = sum(one.elements * DTYPES[one.dtype].bits // 8 for one in averaged)
     widest = max(
         (
             numpy_dtype(kernel.shadow_dtype(t.dtype.name, request.shadow_dtype)).itemsize
@@ -283,8 +317,9 @@ def _costs(
     block = block_elements(BLOCK_ELEMENTS, request.workers, len(schedules))
     buffers = request.workers * (4 + len(schedules)) * block * widest
     return Costs(
-        read=averaged * passes + sum(copy.nbytes for copy in copies),
+        read=n_bytes * passes + sum(copy.nbytes for copy in copies),
         write=sum(outcome.layout.nbytes for outcome in outcomes),
         memory=BASE_BYTES + buffers + TENSOR_BYTES * sum(len(i.tensors) for i in indexes),
         free=free_bytes(os.path.dirname((request.output or "").rstrip("/"))),
+        spill=sum(map(spilling.spilled_bytes, run.checkpoints, spilled)),
     )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import weakref
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from ema_cli import formats, regions
+from ema_cli import formats, gathering, regions, spilling
 from ema_cli.checksums import Running
 from ema_cli.errors import Disagreement
 from ema_cli.files import Handles, open_unchanged, read_exact
@@ -19,7 +21,7 @@ from ema_cli.naming import STEP_NAMES, role_in, role_of
 from ema_cli.steps import step_from_name, stored_step
 from ema_cli.tensors import DTYPES, Checkpoint, DType, Extent, Role, Tensor, numpy_dtype, swap_width
 from ema_cli.text import shorten
-from ema_cli.verifying import check_read
+from ema_cli.verifying import check, check_read, summed
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 _OPEN_FILES = 16
@@ -30,26 +32,48 @@ class TensorReader:
 
     Packed dtypes and those of variable width are read as bytes.
 
+    Args:
+        checkpoint: with this tensor readable, not spilled.
+        tensor: of the checkpoint.
+        verified: what was verified before of the bytes that several tensors share.
+
     Attributes:
         dtype: NumPy dtype of the blocks.
         elements: how many there are.
     """
 
-    def __init__(self, checkpoint: Checkpoint, tensor: Tensor) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, tensor: Tensor, verified: set[Extent] | None = None
+    ) -> None:
         self._checkpoint = checkpoint
         self._tensor = tensor
         fixed = tensor.dtype.bits >= 8
         self.dtype = numpy_dtype(tensor.dtype.name) if fixed else np.dtype(np.uint8)
         self._swap = swap_width(tensor.dtype.name) if checkpoint.index.big_endian else 0
-        self.elements = tensor.extent.nbytes // self.dtype.itemsize
+        self.elements = tensor.nbytes // self.dtype.itemsize
         self._running: dict[Extent, Running] = {}
-        self._verified = checkpoint.checksums is not None
+        index = checkpoint.index
+        own = not tensor.strides and all(extent in index.ordinals for extent in tensor.extents)
+        self._sums = checkpoint.checksums is not None and own
+        self._shared = checkpoint.checksums is not None and not own
+        self._verified = set() if verified is None else verified
         self._handles = Handles(lambda file: open_unchanged(checkpoint.files[file]), _OPEN_FILES)
 
     def __enter__(self) -> TensorReader:
-        for extent in self._tensor.extents:
+        for extent in self._tensor.extents if self.elements else ():
             self._handles.fd(extent.file)  # a file that is gone or another is told now
+        if self._shared:
+            self._verify_shared()
         return self
+
+    def _verify_shared(self) -> None:
+        """Verify the bytes that this tensor shares with others, unless one of them did."""
+        around = set(summed(self._checkpoint.index, self._tensor))
+        if not around <= self._verified:
+            error = check(self._checkpoint, self._tensor)
+            if error is not None:
+                raise error
+            self._verified |= around
 
     def __exit__(
         self,
@@ -66,19 +90,36 @@ class TensorReader:
     def block(self, start: int, count: int) -> Array:
         """Return a new flat array of `count` elements from element `start`."""
         array: Array = np.empty(count, self.dtype)
-        view = array.view(np.uint8).data
-        width = self.dtype.itemsize
-        done = 0
-        for extent, offset, n in self._stretches(start, count):
-            part = view[done : done + n * width]
-            path = self._checkpoint.files[extent.file].path
-            read_exact(self._handles.fd(extent.file), part, offset, path)
-            if self._verified:
-                self._running.setdefault(extent, Running()).add(offset, part)
-            done += n * width
+        if self._tensor.strides:
+            self._gather(array, start)
+        else:
+            self._read(array, start)
         if self._swap:
             array.view(f"u{self._swap}").byteswap(inplace=True)
         return array
+
+    def _gather(self, array: Array, start: int) -> None:
+        file = self._tensor.extent.file
+        path = self._checkpoint.files[file].path
+        region = regions.whole(self._tensor, self.dtype.itemsize)
+        grid = region.grid or regions.Grid(self.elements, ())
+
+        def read(part: memoryview, offset: int) -> None:
+            read_exact(self._handles.fd(file), part, offset, path)
+
+        gathering.fetch(grid, region.offset, start, array, read)
+
+    def _read(self, array: Array, start: int) -> None:
+        view, width = array.view(np.uint8).data, self.dtype.itemsize
+        done = 0
+        for extent, offset, n in self._stretches(start, len(array)):
+            part = view[done : done + n * width]
+            path = self._checkpoint.files[extent.file].path
+            read_exact(self._handles.fd(extent.file), part, offset, path)
+            if self._sums:
+                kind = self._checkpoint.index.checksum
+                self._running.setdefault(extent, Running(kind)).add(offset, part)
+            done += n * width
 
     def _stretches(self, start: int, count: int) -> Iterable[tuple[Extent, int, int]]:
         extent = self._tensor.extent
@@ -118,12 +159,13 @@ class Values:
     def __init__(self, source: Source) -> None:
         self._checkpoint: Checkpoint | None = None
         self._arrays: dict[str, Array] = {}
+        self._verified: set[Extent] = set()
         if isinstance(source, Mapping):
             self.where = "the mapping"
             self._arrays = {name: _native(np.asarray(value)) for name, value in source.items()}
             self.specs = {name: _spec(name, array) for name, array in self._arrays.items()}
         else:
-            self._checkpoint = formats.read(os.fspath(source), {})
+            self._checkpoint = self._readable(formats.read(os.fspath(source), {}))
             self.where = shorten(self._checkpoint.path, 1000)
             tensors = self._checkpoint.index.tensors
             self.specs = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
@@ -151,7 +193,14 @@ class Values:
         """Return a reader of one tensor."""
         if self._checkpoint is None:
             return ArrayReader(self._arrays[name])
-        return TensorReader(self._checkpoint, self._checkpoint.index.by_name[name])
+        tensor = self._checkpoint.index.by_name[name]
+        return TensorReader(self._checkpoint, tensor, self._verified)
+
+    def _readable(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Return the checkpoint with all its tensors readable as long as this object is there."""
+        stack = contextlib.ExitStack()
+        weakref.finalize(self, stack.close)
+        return stack.enter_context(spilling.readable(checkpoint, checkpoint.index.by_name))
 
     def step(self) -> int:
         """Return the training step: stored, or told by the name. Raises `Disagreement`."""

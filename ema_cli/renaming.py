@@ -6,8 +6,9 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from ema_cli import machine, naming, provenance, ranges
+from ema_cli import machine, naming, provenance, ranges, spilling
 from ema_cli.blueprint import COPY, Entry, Layout, entry_of
+from ema_cli.coverage import cover
 from ema_cli.durable import free_bytes
 from ema_cli.errors import Disagreement
 from ema_cli.layout import Wishes, lay_out_entries
@@ -43,7 +44,7 @@ class Renamed:
 def make(request: Request, towards: str | None) -> tuple[Plan, Layout, Renamed]:
     """Return the plan of a renamed copy, its layout, and what it renames."""
     wishes, path = request.wishes, request.output or ""
-    checkpoint = find_one(request.paths[0])
+    checkpoint = find_one(request.paths[0], request.choice.key)
     entries, replaced, left_out = _renamed_entries(checkpoint, towards, wishes)
     rules = naming.compile_rules(wishes.rules)
     entries = [e._replace(name=naming.apply_rules(e.name, rules)) for e in entries]
@@ -59,9 +60,9 @@ def make(request: Request, towards: str | None) -> tuple[Plan, Layout, Renamed]:
     return _plan(request, checkpoint, layout), layout, renamed
 
 
-def names_after(path: str, towards: str, name: str) -> set[str]:
+def names_after(path: str, towards: str, name: str, key: str | None) -> set[str]:
     """Return the names that the checkpoint at `path` would have; raises `Disagreement`."""
-    checkpoint = find_one(path)
+    checkpoint = find_one(path, key)
     entries, _, _ = _renamed_entries(checkpoint, towards, Wishes(name=name))
     naming.check_distinct(((entry.name, entry.source) for entry in entries), lambda name: True)
     return {entry.name for entry in entries}
@@ -161,16 +162,21 @@ def _towards_shadow(checkpoint: Checkpoint, wishes: Wishes) -> list[Entry]:
 def _plan(request: Request, checkpoint: Checkpoint, layout: Layout) -> Plan:
     destination = [Destination(layout, 0, 0)]
     inputs = list(checkpoint.files)
-    copies = list(ranges.copied_ranges(checkpoint, destination, 0))
-    copies += ranges.side_copies(destination, inputs)
+    copied = ranges.copied_ranges(checkpoint, destination, 0)
+    whole = list(ranges.file_copies(destination, inputs))
+    _, copies = cover((), copied, whole, [checkpoint], [checkpoint.index], [0], [0])
+    wanted = {entry.source for entry in ranges.copied_entries(layout)}
+    spilled = tuple(spilling.spilled(checkpoint, wanted))
     costs = Costs(
         sum(copy.nbytes for copy in copies),
         layout.nbytes,
         BASE_BYTES,
         free_bytes(os.path.dirname(layout.path.rstrip("/"))),
+        spilling.spilled_bytes(checkpoint, spilled),
     )
     run = Run((checkpoint,))
-    return Plan(request, run, (), (), tuple(inputs), (0,), (0,), (), tuple(copies), costs)
+    done = (tuple(inputs), (0,), (0,), (), tuple(copies))
+    return Plan(request, run, (), (), *done, costs, (spilled,))
 
 
 def document(layout: Layout, checkpoint: Checkpoint, renamed: Renamed) -> dict[str, Any]:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from ema_cli import engine, files, flaws, provenance, record
+from ema_cli import durable, engine, files, flaws, provenance, record, spilling
 from ema_cli import plan as planning
 from ema_cli.announcing import announce
 from ema_cli.blueprint import Layout
 from ema_cli.destination import check_destination, repair
 from ema_cli.engine import Progress
-from ema_cli.errors import InputError, UsageError
+from ema_cli.errors import InputError, UsageError, storage_errors
 from ema_cli.output import Unpublished
 from ema_cli.plan import Outcome, Plan
 from ema_cli.runs import Run
@@ -190,6 +191,7 @@ def produce(
     """
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(_executor(executor, plan.request.workers))
+        plan = stack.enter_context(_spilled(plan, layouts))
         made = [stack.enter_context(Unpublished(layout, overwrite=overwrite)) for layout in layouts]
         paths = [path for one in made for path in one.paths]
         verifier = Verifier(plan)
@@ -204,6 +206,31 @@ def produce(
             one.publish(sealed)
         notes = [note for one in made for note in one.notes]
         return notes + [note for layout in layouts for note in announce(layout)]
+
+
+@contextlib.contextmanager
+def _spilled(plan: Plan, layouts: Sequence[Layout]) -> Iterator[Plan]:
+    """Yield the plan with a file for what cannot be read in place, beside the first output."""
+    if not plan.costs.spill:
+        yield plan
+        return
+    root = durable.beside(layouts[0].path.rstrip("/"), durable.SPILL_SUFFIX)
+    with storage_errors(os.path.dirname(root) or ".", "cannot create"):
+        made = durable.make_directories(os.path.dirname(root) or ".")
+    lock = durable.create_locked_directory(root)
+    try:
+        inputs = list(plan.inputs)
+        for k, first in enumerate(plan.first_input):
+            if first >= 0:
+                path = os.path.join(root, str(k))
+                checkpoint = plan.run.checkpoints[k]
+                files = spilling.spill(checkpoint, plan.spilled[k], path).files
+                inputs[first : first + len(files)] = files
+        yield dataclasses.replace(plan, inputs=tuple(inputs))
+    finally:
+        durable.remove(root)
+        durable.remove_empty(made)
+        os.close(lock)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ema_cli import formats
 from ema_cli.errors import Disagreement, InputError, NothingToAverage, UsageError
-from ema_cli.formats import Known, sharded, tensorflow
+from ema_cli.formats import Known, folders, tensorflow
 from ema_cli.search import NUMBERED_FOLDER, Choice, PassedOver, is_prefix, search, with_step
 from ema_cli.steps import step_from_name
 from ema_cli.tensors import Checkpoint
@@ -62,9 +62,9 @@ def find(paths: Sequence[str], choice: Choice, known: Known | None = None) -> Ru
     return found
 
 
-def find_one(path: str) -> Checkpoint:
-    """Return the checkpoint at `path` with its step, if anything tells one."""
-    return with_step(formats.read(path, {}), Choice())
+def find_one(path: str, key: str | None = None) -> Checkpoint:
+    """Return the checkpoint at `path` with its step, if anything tells one; `key` as of a run."""
+    return with_step(formats.read(path, {}, key or ""), Choice())
 
 
 def is_run(path: str, choice: Choice) -> bool:
@@ -75,12 +75,13 @@ def is_run(path: str, choice: Choice) -> bool:
         return False
     if is_prefix(path) and not os.listdir(path):
         return False  # a checkpoint, beside an empty directory of its name
-    indexes, weights = sharded.contents(path)
-    if not indexes and (len(weights) != 1 or step_from_name(weights[0]) is not None):
+    weights = folders.weights_in(path)
+    alone = len(weights) == 1 and step_from_name(weights[0]) is not None
+    if not folders.is_checkpoint(path) or alone:
         return True
     with os.scandir(path) as entries:
         numbered = [e.path for e in entries if e.is_dir() and NUMBERED_FOLDER.search(e.name)]
-    return any(sharded.is_checkpoint(folder) for folder in numbered)
+    return any(folders.is_checkpoint(folder) for folder in numbered)
 
 
 def _nothing(paths: Sequence[str], passed_over: Sequence[PassedOver]) -> NothingToAverage:
@@ -100,7 +101,7 @@ def _searched(root: str, choice: Choice, known: Known) -> Run:
 
 
 def _named(paths: Sequence[str], choice: Choice, known: Known) -> Run:
-    checkpoints = [with_step(formats.read(path, known), choice) for path in paths]
+    checkpoints = [with_step(formats.read(path, known, choice.key or ""), choice) for path in paths]
     if all(checkpoint.step is None for checkpoint in checkpoints):
         note = "no steps found: the given order counts, one step each"
         numbered = [dataclasses.replace(c, step=k) for k, c in enumerate(checkpoints, start=1)]

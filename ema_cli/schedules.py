@@ -33,12 +33,14 @@ class Schedule:
         zero_debias: whether the result is divided by `debias_factor`.
         updates: how many updates the average saw (TensorFlow's ``local_step``).
         last: ordinal of the last checkpoint of the window; copies come from there.
+        decay: of an `Ema`, else None.
     """
 
     coefficients: tuple[float, ...]
     zero_debias: bool
     updates: int
     last: int
+    decay: float | None = None
 
     def weights(self) -> tuple[float, ...]:
         """Return the weight of each checkpoint, c_k · Π_{j>k} (1 - c_j), divided as the result."""
@@ -105,8 +107,13 @@ def debias_factor(
 # ---------------------------------------------------------------------------- coefficients
 
 
-def schedule(average: Average, steps: Sequence[int], names: Sequence[str]) -> Schedule:
+def schedule(
+    average: Average, steps: Sequence[int], names: Sequence[str], like: str = "tensorflow"
+) -> Schedule:
     """Return the coefficients of `average` over checkpoints at `steps` called `names`.
+
+    PyTorch forms 1 - decay in float64, TensorFlow in float32. Keras, which forms it in the dtype
+    of the variable, is given the decay itself and only shown these.
 
     A window gives exactly what a run of only its checkpoints would give. Raises `Disagreement`
     when the steps do not fit the average, `UsageError` when the window is empty.
@@ -118,14 +125,18 @@ def schedule(average: Average, steps: Sequence[int], names: Sequence[str]) -> Sc
             f"average '{shorten(average.spec)}': its window holds no checkpoint; "
             f"the run has steps {steps[0]:,} to {steps[-1]:,}"
         )
-    values = _coefficients(average, [steps[k] for k in chosen], [names[k] for k in chosen])
+    if like == "torch" and isinstance(average.family, Ema):
+        values = [1.0] + [1 - average.family.decay] * (len(chosen) - 1)
+    else:
+        values = _coefficients(average, [steps[k] for k in chosen], [names[k] for k in chosen])
     values = _drop_overwritten(values)
     if not any(values):
         raise Disagreement(f"average '{shorten(average.spec)}': every checkpoint has weight zero")
     coefficients = [0.0] * len(steps)
     for k, value in zip(chosen, values, strict=True):
         coefficients[k] = value
-    return Schedule(tuple(coefficients), average.zero_debias, len(chosen), chosen[-1])
+    decay = average.family.decay if isinstance(average.family, Ema) else None
+    return Schedule(tuple(coefficients), average.zero_debias, len(chosen), chosen[-1], decay)
 
 
 def _drop_overwritten(values: list[float]) -> list[float]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ema_cli import formats, provenance
 from ema_cli.durable import is_temporary
 from ema_cli.errors import InputError
-from ema_cli.formats import Known, foreign, sharded, tensorflow
+from ema_cli.formats import Known, folders, foreign, tensorflow
 from ema_cli.steps import Step, compile_step_from, save_counter, step_from_name, stored_step
 from ema_cli.tensors import Checkpoint
 from ema_cli.text import plural, shorten
@@ -36,6 +36,7 @@ class Choice:
     steps: tuple[int | None, int | None, int | None] | None = None
     step_from: str | None = None
     order: str = "step"
+    key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +164,8 @@ def _reason_by_name(path: str, there: str, siblings: set[str]) -> PassedOver | N
         reason = "a link to another entry"
     elif _ALIAS.match(name) and step_from_name(name) is None:
         reason = "an alias: its name tells no step"
+    elif name.startswith(folders.COMPANIONS) and not os.path.isdir(path):
+        reason = "training state beside the weights"
     elif provenance.load(path) is not None:
         reason = "an output of ema-avg"
     return PassedOver(path, reason) if reason else None
@@ -182,7 +185,8 @@ def _reason_by_identity(path: str, there: str, seen: set[tuple[int, int]]) -> Pa
 
 def _promising(path: str) -> bool:
     """Whether the name alone says that a checkpoint is meant."""
-    named = any(path.endswith(f.suffix) for f in formats.FORMATS.values() if f.suffix)
+    rows = formats.FORMATS.values()
+    named = any(path.endswith((f.suffix, *f.also)) for f in rows if f.suffix)
     return named or is_prefix(path)
 
 
@@ -191,7 +195,8 @@ def _read(path: str, within: str, choice: Choice, known: Known) -> Checkpoint | 
         name = formats.detect(path)
         if name is None:
             return _foreign(path)
-        checkpoint = dataclasses.replace(formats.read_as(name, path, known), within=within)
+        read = formats.read_as(name, path, known, choice.key or "")
+        checkpoint = dataclasses.replace(read, within=within)
         return with_step(checkpoint, choice)
     except InputError as error:
         reason = error.message.removeprefix(f"{shorten(path, 1000)}: ")
@@ -200,7 +205,7 @@ def _read(path: str, within: str, choice: Choice, known: Known) -> Checkpoint | 
 
 def _foreign(path: str) -> PassedOver:
     if os.path.isdir(path):
-        _, weights = sharded.contents(path)
+        weights = folders.weights_in(path)
         if weights:
             reason = f"{plural(len(weights), 'weights file')} and no index"
             return PassedOver(path, reason, unusable=True)

@@ -33,6 +33,7 @@ class Choice(NamedTuple):
 AVERAGED = "averaged"
 COPIED = "copied"
 OPTIMIZER = "optimizer"
+BESIDE = "beside"
 REPLACED = "replaced"
 
 
@@ -45,12 +46,14 @@ class Selection:
         copied: taken bit for bit from the last checkpoint, each with its reason.
         optimizer: optimizer state, kept or dropped with the layout.
         replaced: shadows of our own name, which the result replaces.
+        beside: what stands beside the model, kept or dropped with the layout.
     """
 
     averaged: tuple[Tensor, ...]
     copied: tuple[Choice, ...]
     optimizer: tuple[Tensor, ...]
     replaced: tuple[Tensor, ...]
+    beside: tuple[Tensor, ...] = ()
 
 
 def select(
@@ -77,7 +80,7 @@ def select(
             "see what they are with ema-avg inspect, and choose some with --include 'GLOB'",
         )
     copied = tuple(choice for choice in choices if choice.action == COPIED)
-    return Selection(taken(AVERAGED), copied, taken(OPTIMIZER), taken(REPLACED))
+    return Selection(taken(AVERAGED), copied, taken(OPTIMIZER), taken(REPLACED), taken(BESIDE))
 
 
 def check_rules_of(rules: Sequence[Rule], indexes: Iterable[Index]) -> None:
@@ -124,6 +127,8 @@ def _choose(
             return Choice(tensor, COPIED, "--statistics copy")
         case Role.OPTIMIZER:
             return Choice(tensor, OPTIMIZER, role.value)
+        case Role.BESIDE:
+            return Choice(tensor, BESIDE, role.value)
         case Role.SHADOW:
             return Choice(tensor, REPLACED, "replaced by this average")
         case _:
@@ -132,8 +137,8 @@ def _choose(
 
 def _choose_exact(tensor: Tensor, role: Role, rule: Rule | None) -> Choice:
     """Choose for a dtype that is never averaged."""
-    if role is Role.OPTIMIZER and rule is None:
-        return Choice(tensor, OPTIMIZER, role.value)
+    if role in (Role.OPTIMIZER, Role.BESIDE) and rule is None:
+        return Choice(tensor, OPTIMIZER if role is Role.OPTIMIZER else BESIDE, role.value)
     excluded = rule is not None and not rule.include
     if tensor.dtype.floating and not excluded:
         return Choice(tensor, "refused", "")

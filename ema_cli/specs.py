@@ -208,6 +208,23 @@ def parse_window(text: str) -> tuple[int | None, int | None, int | None]:
     return start, stop, stride
 
 
+def check_like(like: str, averages: Sequence[Average]) -> None:
+    """Raise `UsageError` for an average that the framework does not compute.
+
+    PyTorch's AveragedModel has one decay, or the mean of all; Keras' use_ema has one momentum.
+    """
+    families = {"torch": (Ema, Mean), "keras": (Ema,)}.get(like)
+    for average in averages if families else ():
+        plain = average.num_updates == "none" and average.init == "first"
+        per_step = isinstance(average.family, Ema) and average.family.per_step
+        if not isinstance(average.family, families or ()) or per_step or not plain:
+            raise UsageError(
+                f"--like {like}: expected one decay for all updates, found '{average.spec}'"
+                + ("" if plain else " with --num-updates or --init"),
+                "give --decay D" + (", or --average mean" if like == "torch" else ""),
+            )
+
+
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ema_cli.checksums import crc32c
+from ema_cli import spilling
+from ema_cli.checksums import KINDS
 from ema_cli.errors import DamagedFile, InputError, UsageError
 from ema_cli.files import read_at, read_small
 from ema_cli.naming import STEP_NAMES, VALUE_SUFFIX
@@ -98,8 +99,8 @@ def compile_step_from(text: str | None) -> re.Pattern[str] | None:
 def stored_step(checkpoint: Checkpoint) -> Step | None:
     """Return the step saved in the checkpoint itself, or None.
 
-    A scalar tensor called ``global_step``, ``step`` or ``iterations``; else ``global_step`` of the
-    ``trainer_state.json`` that lies in a checkpoint's folder.
+    A scalar tensor called ``global_step``, ``step`` or ``iterations``; else a number beside the
+    tensors; else ``global_step`` of the ``trainer_state.json`` that lies in a checkpoint's folder.
     """
     for name in STORED_NAMES:
         tensor = checkpoint.index.by_name.get(name)
@@ -107,6 +108,8 @@ def stored_step(checkpoint: Checkpoint) -> Step | None:
             value = _scalar(checkpoint, tensor)
             if value is not None:
                 return Step(value, f"tensor {name}")
+    if checkpoint.told_step is not None and 0 <= checkpoint.told_step[0] < _LARGEST_STEP:
+        return Step(*checkpoint.told_step)
     folder = checkpoint.path if os.path.isdir(checkpoint.path) else None
     return _trainer_step(os.path.join(folder, TRAINER_STATE)) if folder else None
 
@@ -124,11 +127,13 @@ def _scalar(checkpoint: Checkpoint, tensor: Tensor) -> int | None:
     """
     if tensor.elements != 1 or tensor.dtype.bits < 8 or tensor.slices:
         return None
-    stamp = checkpoint.files[tensor.extent.file]
-    raw = read_at(stamp.path, tensor.extent.offset, tensor.extent.nbytes)
-    if checkpoint.checksums is not None:
-        expected = int(checkpoint.checksums[checkpoint.index.ordinals[tensor.extent]])
-        if (found := crc32c(raw)) != expected:
+    with spilling.readable(checkpoint, [tensor.name]) as read:
+        stamp = read.files[tensor.extent.file]
+        raw = read_at(stamp.path, tensor.extent.offset, tensor.extent.nbytes)
+    place = checkpoint.index.ordinals.get(tensor.extent)
+    if checkpoint.checksums is not None and place is not None:
+        expected = int(checkpoint.checksums[place])
+        if (found := KINDS[checkpoint.index.checksum](memoryview(raw), 0)) != expected:
             reason = f"expected bytes with checksum {expected:08x}, found {found:08x}"
             raise DamagedFile(stamp.path, reason, tensor.name)
     if checkpoint.index.big_endian:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ema_cli.ranges import Target
+from ema_cli.ranges import Span, Target
 from ema_cli.regions import Grid
 from ema_cli.tensors import Stamp
 
 
 class Accumulator(NamedTuple):
-    """One average of a piece: coefficients as long as the sources, and where the result goes."""
+    """One average of a piece: coefficients as long as the sources, and where the result goes.
+
+    The `decay` is that of an exponential average, else None.
+    """
 
     coefficients: tuple[float, ...]
     divisor: float | None
     targets: tuple[Target, ...]
+    decay: float | None = None
 
 
 class Source(NamedTuple):
@@ -26,7 +30,8 @@ class Source(NamedTuple):
         dtype: of its elements, or ``copy`` for bytes.
         swap: bytes that change places together to be in little-endian order; 0 for none.
         grid: the rows of its range, or None.
-        unit: first and last offset of the bytes that are verified together, or None.
+        unit: the bytes it is verified with, or None.
+        checksum: what their checksum is.
     """
 
     file: int
@@ -34,7 +39,8 @@ class Source(NamedTuple):
     dtype: str
     swap: int = 0
     grid: Grid | None = None
-    unit: tuple[int, int] | None = None
+    unit: Span | None = None
+    checksum: str = ""
 
 
 class Piece(NamedTuple):
@@ -46,7 +52,6 @@ class Piece(NamedTuple):
         start: the first one's place in its range, from which sources and targets are counted.
         sources: one per checkpoint that counts.
         accumulators: one per average.
-        group: what its checksums are kept apart by.
     """
 
     shadow: str
@@ -54,7 +59,6 @@ class Piece(NamedTuple):
     start: int
     sources: tuple[Source, ...]
     accumulators: tuple[Accumulator, ...]
-    group: int
 
 
 class Task(NamedTuple):
@@ -67,6 +71,7 @@ class Task(NamedTuple):
         handles: how many input files, and how many output files, may stay open.
         check: report the first non-finite value instead of writing it.
         block: elements that are worked on at a time.
+        like: whose arithmetic.
     """
 
     inputs: tuple[Stamp, ...]
@@ -75,6 +80,7 @@ class Task(NamedTuple):
     handles: int
     check: bool
     block: int
+    like: str = "tensorflow"
 
 
 class Flaw(NamedTuple):
@@ -87,16 +93,16 @@ class Flaw(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """Bytes of an input file that are verified together, read once for a `group` of ranges."""
+    """Bytes of an input file that are verified together, when a `group` has read them all."""
 
-    group: int
     file: int
+    group: int
     start: int
     end: int
 
 
 class Part(NamedTuple):
-    """What some bytes of a unit contribute to its CRC-32C, and how many they are."""
+    """What some bytes of a unit contribute to its checksum, and how many they are."""
 
     crc: int
     nbytes: int

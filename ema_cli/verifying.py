@@ -57,7 +57,7 @@ class Verifier:
             raise EmaError(f"internal error: {path}: bytes {unit.start} to {unit.end} unverified")
 
     def _expected(self, k: int, file: int, start: int, end: int) -> int:
-        """Return the CRC-32C of bytes that hold whole extents, one after the other."""
+        """Return the checksum of bytes that hold whole extents, one after the other."""
         checkpoint = self._plan.run.checkpoints[k]
         index = checkpoint.index
         if id(index) not in self._orders:
@@ -74,7 +74,8 @@ class Verifier:
             if tensor is not None:
                 sums[place] = _raw_checksum(checkpoint, tensor)
         after = end - order.ends[first:last]
-        return int(np.bitwise_xor.reduce(shift_all(sums[first:last], after), initial=0))
+        shifted = shift_all(sums[first:last], after, index.checksum)
+        return int(np.bitwise_xor.reduce(shifted, initial=0))
 
 
 class _Order:
@@ -144,15 +145,30 @@ def check(checkpoint: Checkpoint, tensor: Tensor) -> DamagedFile | None:
     """Return the error for a tensor of fixed width that is damaged, or None: reads all of it."""
     if checkpoint.checksums is None:
         return None
+    kind = checkpoint.index.checksum
     found = {
-        extent: _read_checksum(checkpoint.files[extent.file].path, extent)
-        for extent in tensor.extents
+        extent: _read_checksum(checkpoint.files[extent.file].path, extent, kind)
+        for extent in summed(checkpoint.index, tensor)
     }
     return check_sums(checkpoint, tensor, found)
 
 
+def summed(index: Index, tensor: Tensor) -> list[Extent]:
+    """Return the extents with checksums of their own that hold the bytes of a tensor."""
+    if not index.records:
+        return list(tensor.extents)
+    file, offset, n_bytes = tensor.extent
+    return [
+        record
+        for record in index.records
+        if record.file == file
+        and record.offset < offset + n_bytes
+        and offset < record.offset + record.nbytes
+    ]
+
+
 def check_read(checkpoint: Checkpoint, tensor: Tensor, found: Mapping[Extent, int]) -> None:
-    """Raise `DamagedFile` unless the bytes read of a tensor, by their CRC-32C, are those saved."""
+    """Raise `DamagedFile` unless the bytes read of a tensor, by their checksum, are those saved."""
     if tensor.dtype.bits:
         error = check_sums(checkpoint, tensor, found)
     elif found == {tensor.extent: _raw_checksum(checkpoint, tensor)}:
@@ -175,8 +191,8 @@ def check_sums(
     return None
 
 
-def _read_checksum(path: str, extent: Extent) -> int:
-    running = Running()
+def _read_checksum(path: str, extent: Extent, kind: str) -> int:
+    running = Running(kind)
     _, offset, n_bytes = extent
     buffer = page_buffer(min(_BLOCK, n_bytes))
     fd = open_input(path)

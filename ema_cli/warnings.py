@@ -11,6 +11,7 @@ import numpy as np
 from ema_cli import kernel
 from ema_cli.averages import Average, Ema, HalfLife, Power
 from ema_cli.errors import EmaError
+from ema_cli.formats import FORMATS
 from ema_cli.invocation import run_words
 from ema_cli.naming import OBJECT_GRAPH
 from ema_cli.plan import Outcome, Plan, Request
@@ -46,6 +47,8 @@ def warnings(plan: Plan, *, again: bool = False) -> list[PlanWarning]:
         found.extend(_sum(outcome))
         found.extend(_frozen(plan, outcome))
         found.extend(_names(plan.request, outcome))
+        found.extend(PlanWarning(*caution) for caution in outcome.last.index.cautions)
+    found = list(dict.fromkeys(found))
     if len(plan.run.checkpoints) == 1:
         path = shorten(plan.run.checkpoints[0].path, 1000)
         message = f"one checkpoint: the result is {path} itself"
@@ -99,6 +102,8 @@ def _inside(average: Average, plan: Plan) -> list[int]:
 
 def _first_hint(plan: Plan, average: Average, first: int, again: bool) -> str:
     """Return the finished commands that were probably meant, with the share each would leave."""
+    if plan.request.like != "tensorflow":
+        return "a smaller decay forgets the first checkpoint"
     if not isinstance(average.family, Ema):
         return "a shorter half-life or a smaller width forgets the first checkpoint"
     options = []
@@ -187,10 +192,11 @@ def _names(request: Request, outcome: Outcome) -> Iterator[PlanWarning]:
     if request.wishes.names != "shadow":
         return
     found = f"will not find {plural(len(outcome.selection.averaged), 'tensor')}"
-    if outcome.layout.kind == "folder":
+    if FORMATS[outcome.layout.format].plain_names:
+        title = FORMATS[outcome.layout.format].title
         yield PlanWarning(
             "shadow-names",
-            f"a Hugging Face folder with shadow names: its loaders {found}",
+            f"a {title} with shadow names: its loaders {found}",
             "leave out --names shadow",
         )
     elif OBJECT_GRAPH in outcome.layout.places:

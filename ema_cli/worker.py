@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from ema_cli import kernel
+from ema_cli import gathering, kernel
 from ema_cli.blueprint import BIASED, COPY
-from ema_cli.checksums import Running
+from ema_cli.checksums import CRC32C, Running
 from ema_cli.durable import start_writing, write_exact
 from ema_cli.errors import storage_errors
 from ema_cli.files import Handles, open_unchanged, page_buffer, read_exact
@@ -21,6 +22,7 @@ from ema_cli.tasks import Accumulator, Done, Flaw, Part, Piece, Source, Task, Un
 from ema_cli.tensors import NumpyDType, numpy_dtype
 
 COPY_BLOCK = 1 << 20
+Update = Callable[[kernel.Array, kernel.Array, Any, kernel.Array], None]
 # What copy_file_range(2) answers where the kernel cannot copy between these two files.
 _CANNOT_COPY = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -65,7 +67,7 @@ class _Work:
         if source.unit is None and len(targets) == 1 and self._clone(piece, source, targets[0]):
             return piece.elements, piece.elements, None
         buffer = _reused("copy", np.dtype(np.uint8), min(COPY_BLOCK, piece.elements))
-        running = Running()
+        running = Running(source.checksum or CRC32C)
         written = 0
         for start in range(0, piece.elements, COPY_BLOCK):
             block = buffer[: min(COPY_BLOCK, piece.elements - start)]
@@ -73,7 +75,7 @@ class _Work:
             for target in targets:
                 self.put(target, piece, start, block)
                 written += len(block)
-        self.count(piece, source, running)
+        self.count(source, running)
         return piece.elements, written, None
 
     def _clone(self, piece: Piece, source: Source, target: Target) -> bool:
@@ -97,7 +99,7 @@ class _Work:
     def average(self, piece: Piece) -> tuple[int, int, Flaw | None]:
         """Average one piece block by block; returns the bytes read and written."""
         block = min(self.task.block, piece.elements)
-        buffers = _Buffers(piece, block)
+        buffers = _Buffers(piece, block, self.task.like)
         read = written = 0
         with kernel.quiet():
             for start in range(0, piece.elements, block):
@@ -112,7 +114,7 @@ class _Work:
                         self.put(target, piece, start, out)
                         written += out.nbytes
         for source, _, _, running in buffers.steps:
-            self.count(piece, source, running)
+            self.count(source, running)
         return read, written, None
 
     def _mix(self, piece: Piece, buffers: _Buffers, start: int, count: int) -> int:
@@ -138,7 +140,8 @@ class _Work:
             if into is not value:
                 continue
             for ordinal, c in mixed:
-                kernel.update(shadows[ordinal], value, c, value if alone else scratch)
+                spare = value if alone else scratch
+                buffers.updates[ordinal](shadows[ordinal], value, c, spare)
         return read
 
     def fetch(
@@ -148,12 +151,19 @@ class _Work:
         fd, path = self.inputs.fd(source.file), self.task.inputs[source.file].path
         view, width, done = block.view(np.uint8).data, block.itemsize, 0
         first = piece.start + start
-        for offset, n in stretches(source.offset, source.grid, width, first, len(block)):
-            part = view[done : done + n * width]
-            read_exact(fd, part, offset, path)
-            if source.unit is not None:
-                running.add(offset, part)
-            done += n * width
+        if source.grid and source.unit is None and gathering.is_scattered(source.grid, width):
+
+            def read(part: memoryview, offset: int) -> None:
+                read_exact(fd, part, offset, path)
+
+            gathering.fetch(source.grid, source.offset, first, block, read)
+        else:
+            for offset, n in stretches(source.offset, source.grid, width, first, len(block)):
+                part = view[done : done + n * width]
+                read_exact(fd, part, offset, path)
+                if source.unit is not None:
+                    running.add(offset, part)
+                done += n * width
         if source.swap:
             block.view(f"u{source.swap}").byteswap(inplace=True)
 
@@ -162,18 +172,25 @@ class _Work:
         fd, path = self.outputs.fd(target.file), self.task.outputs[target.file]
         if target.swap:
             block = block.view(f"u{target.swap}").byteswap().view(block.dtype)
-        view, width, done = block.view(np.uint8).data, block.itemsize, 0
         first = piece.start + start
+        if target.grid and gathering.is_scattered(target.grid, block.itemsize):
+
+            def write(part: memoryview, offset: int) -> None:
+                write_exact(fd, part, offset, path)
+
+            gathering.put(target.grid, target.offset, first, block, write)
+            return
+        view, width, done = block.view(np.uint8).data, block.itemsize, 0
         for offset, n in stretches(target.offset, target.grid, width, first, len(block)):
             write_exact(fd, view[done : done + n * width], offset, path)
             done += n * width
             if target.grid is None:
                 start_writing(fd, offset, block.nbytes)
 
-    def count(self, piece: Piece, source: Source, running: Running) -> None:
+    def count(self, source: Source, running: Running) -> None:
         """Add what was read of a source to the checksum of its unit."""
         if source.unit is not None:
-            unit = Unit(piece.group, source.file, *source.unit)
+            unit = Unit(source.file, *source.unit)
             crc, n_bytes = self.parts.get(unit, (0, 0))
             crc ^= running.contribution(unit.end)
             self.parts[unit] = Part(crc, n_bytes + running.nbytes)
@@ -195,16 +212,45 @@ def _reused(purpose: str, dtype: NumpyDType, elements: int) -> kernel.Array:
     return kept[:n_bytes].view(dtype)
 
 
+def _uncast(c: float, dtype: str) -> float:
+    del dtype
+    return c
+
+
+def _update(like: str, accumulator: Accumulator) -> Update:
+    """Return the arithmetic of a framework, as `kernel.update`: a coefficient of 1 copies."""
+    if like == "tensorflow":
+        return kernel.update
+    from ema_cli import likeness
+
+    decay = accumulator.decay
+
+    def update(shadow: kernel.Array, value: kernel.Array, c: Any, spare: kernel.Array) -> None:
+        del spare
+        scratch = _reused("likeness", np.dtype(np.float64), likeness.SCRATCH)
+        if c == 1:
+            np.copyto(shadow, value)
+        elif decay is None:  # the mean, whose coefficient is 1 / count
+            likeness.update_torch_mean(shadow, value, round(1 / c), scratch)
+        elif like == "torch":
+            likeness.update_torch(shadow, value, c, scratch)
+        else:
+            likeness.update_keras(shadow, value, decay, scratch)
+
+    return update
+
+
 class _Buffers:
     """The arrays a worker reuses for all blocks of a piece, and what it does with each source.
 
     Attributes:
         shadows: the accumulators.
+        updates: for each accumulator, what mixes a value in.
         steps: for each source that counts, its dtype's read buffer, the (accumulator,
             coefficient) pairs it is mixed in with, and the checksum of what was read.
     """
 
-    def __init__(self, piece: Piece, block: int) -> None:
+    def __init__(self, piece: Piece, block: int, like: str) -> None:
         shadow = numpy_dtype(piece.shadow)
         raw = {
             dtype: _reused(f"raw {dtype}", numpy_dtype(dtype), block)
@@ -215,15 +261,19 @@ class _Buffers:
         self.shadows = [
             _reused(f"shadow {k}", shadow, block) for k in range(len(piece.accumulators))
         ]
+        self.updates = [_update(like, accumulator) for accumulator in piece.accumulators]
+        # The other frameworks' own arithmetic casts where they do.
+        cast = kernel.cast_coefficient if like == "tensorflow" else _uncast
         self.steps: list[tuple[Source, kernel.Array, list[tuple[int, Any]], Running]] = []
         for k, source in enumerate(piece.sources):
             coefficients = [
-                (ordinal, kernel.cast_coefficient(accumulator.coefficients[k], piece.shadow))
+                (ordinal, cast(accumulator.coefficients[k], piece.shadow))
                 for ordinal, accumulator in enumerate(piece.accumulators)
             ]
             mixed = [(ordinal, c) for ordinal, c in coefficients if c != 0]
             if mixed:
-                self.steps.append((source, raw[source.dtype], mixed, Running()))
+                running = Running(source.checksum or CRC32C)
+                self.steps.append((source, raw[source.dtype], mixed, running))
         copied_first = {
             ordinal
             for ordinal, accumulator in enumerate(piece.accumulators)

@@ -26,15 +26,35 @@ ROWS: list[set[str]] = [
     {"tasks"},
     {"plan", "output", "shadows"},
     {"announcing", "destination"},
+    {"coverage"},
     {"ranges"},
-    {"regions", "layout"},
+    {"gathering", "layout"},
+    {"regions"},
     {"selection"},
     {"runs"},
     {"search"},
     {"provenance", "steps"},
+    {"spilling"},
     {"formats"},
-    {"formats.sharded", "formats.tensorflow"},
-    {"formats.safetensors", "formats.foreign", "formats.tensorflow.drafting"},
+    {"formats.detection"},
+    {"formats.folders", "formats.foreign"},
+    {"formats.sharded", "formats.tensorflow", "formats.torch", "formats.hdf5"},
+    {"formats.torch.drafting", "formats.hdf5.archive"},
+    {"formats.torch.reading", "formats.hdf5.drafting"},
+    {"formats.torch.archive", "formats.torch.legacy", "formats.hdf5.reading"},
+    {"formats.torch.machine", "formats.torch.storing", "formats.hdf5.child"},
+    {"formats.torch.encoding", "formats.torch.indexing", "formats.torch.opcodes"},
+    {f"formats.torch.{name}" for name in ("data", "literals", "models", "plain", "rebuild")},
+    {"formats.torch.policy", "formats.torch.state", "formats.torch.survey"},
+    {"formats.torch.nodes"},
+    {"formats.hdf5.building"},
+    {f"formats.hdf5.{name}" for name in ("boxes", "listing", "keras", "spilling")},
+    {f"formats.hdf5.{name}" for name in ("isolation", "library", "structure")},
+    {f"formats.hdf5.{name}" for name in ("config", "messages", "names", "sandbox", "windows")},
+    {"formats.npz"},
+    {"formats.zips", "formats.npy"},
+    {"formats.zipdirectory"},
+    {"formats.safetensors", "formats.tensorflow.drafting", "formats.sidefiles", "formats.zipping"},
     {"formats.tensorflow.bundle"},
     {"formats.tensorflow.roles", "formats.tensorflow.opaque"},
     {"formats.tensorflow.graphs"},
@@ -47,7 +67,7 @@ ROWS: list[set[str]] = [
     {f"formats.tensorflow.{name}" for name in ("strings", "statefile", "snappy", "ordered")},
     {"formats.tensorflow.wire"},
     {"formats.scanning", "formats.known"},
-    {"specs", "files", "durable", "kernel", "checksums"},
+    {"specs", "files", "durable", "kernel", "likeness", "checksums"},
     {"schedules", "naming", "blueprint"},
     {"tensors", "machine", "averages"},
     {"errors"},
@@ -64,6 +84,7 @@ IMPORTERS = {
     "safetensors": "formats.safetensors",
     "fastcrc": "checksums",
     "ml_dtypes": "tensors",
+    "h5py": "formats.hdf5.library",
 }
 
 
@@ -135,9 +156,12 @@ def test_files_stay_short(name: str) -> None:
 def test_nothing_is_unpickled_or_executed() -> None:
     """No module can run what a file says."""
     forbidden = {"pickle", "marshal", "shelve", "subprocess", "runpy"}
+    # The HDF5 library runs in a process of its own, which is this very interpreter.
+    allowed = {"formats.hdf5.isolation": {"subprocess"}}
     for name, path in modules().items():
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        assert not {i.split(".")[0] for i in imported(path)} & forbidden, name
+        found = {i.split(".")[0] for i in imported(path)} & forbidden
+        assert found == allowed.get(name, set()), name
         calls = {
             n.func.id
             for n in ast.walk(tree)

@@ -31,8 +31,9 @@ from ema_cli.text import plural
     default=0.0,
     help="Tolerance relative to B.",
 )
+@options.key_option
 @options.common_options
-def diff(a: str, b: str, atol: float, rtol: float, **given: Any) -> int:
+def diff(a: str, b: str, atol: float, rtol: float, key: str | None, **given: Any) -> int:
     """Compare names, shapes, dtypes and values; exact unless a tolerance is given.
 
     With a tolerance two values agree when |a - b| <= atol + rtol * |b|.
@@ -40,7 +41,7 @@ def diff(a: str, b: str, atol: float, rtol: float, **given: Any) -> int:
     from ema_cli import api
 
     out = options.way_out(given)
-    found = api.diff(a, b, atol=atol, rtol=rtol)
+    found = api.diff(a, b, atol=atol, rtol=rtol, key=key)
     if found:
         out.table(
             ("tensor", "difference", "A", "B", "elements", "max abs", "max rel"),

@@ -24,15 +24,16 @@ if TYPE_CHECKING:
     codes=(3, 10, 13),
 )
 @click.argument("path", metavar="PATH", type=click.Path())
+@options.key_option
 @options.name_option
 @options.common_options
-def inspect(path: str, name: str, **given: Any) -> int:
+def inspect(path: str, name: str, key: str | None, **given: Any) -> int:
     """Show the tensors of a checkpoint, or the checkpoints of a run; reads headers only."""
     from ema_cli import api, running
     from ema_cli.runs import Run
 
     out = options.way_out(given)
-    found = api.inspect(path)
+    found = api.inspect(path, key=key)
     code = 0
     if isinstance(found, Run):
         _run(out, found)
@@ -83,7 +84,7 @@ def _checkpoint(out: Out, checkpoint: Checkpoint, name: str) -> None:
             "tensor": tensor.name,
             "dtype": tensor.dtype.name,
             "shape": list(tensor.shape),
-            "bytes": tensor.extent.nbytes,
+            "bytes": tensor.nbytes,
             "role": role_in(index, tensor.name, name).value,
             "file": _files(index, tensor),
         }

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     help="What the restoring program asks for: a graph (.meta), a checkpoint, a list of names, "
     "or - for stdin.",
 )
+@options.key_option
 @options.select_options(
     "Ask for these variables under their shadows' names.",
     "Ask for these under their own names; the last match of both options wins.",
@@ -59,24 +60,25 @@ def map_command(ctx: click.Context, /, checkpoint: str, **given: Any) -> int:
     out = options.way_out(given)
     program = names_in(sys.stdin) if given["program"] == "-" else given["program"]
     select = options.selected(ctx, given["include"], given["exclude"])
-    found = api.restore_map(checkpoint, program=program, select=select, name=given["name"])
+    key, name = given["key"], given["name"]
+    found = api.restore_map(checkpoint, program=program, select=select, name=name, key=key)
     if given["python"]:
         out.line(python_code(found))
     else:
         rows = [(r.restore_name, r.variable, r.source, r.note) for r in found.rows]
         out.table(("restore name", "variable", "source", "note"), rows)
-    _tell(out, found, checkpoint, given["name"])
+    _tell(out, found, checkpoint, name, key)
     out.flush()
     return 13 if found.missing else 0
 
 
-def _tell(out: Out, found: RestoreMap, checkpoint: str, name: str) -> None:
+def _tell(out: Out, found: RestoreMap, checkpoint: str, name: str, key: str | None) -> None:
     for orphan in found.orphans:
         out.say(f"note: nobody asks for '{shorten(orphan)}'")
     hint = ""
     if found.missing:
         out.say(f"{plural(len(found.missing), 'restore name')} missing: this restore would fail")
-        hint = _hint(found, checkpoint, name)
+        hint = _hint(found, checkpoint, name, key)
         out.say(f"hint: {hint}")
     out.document(
         "result",
@@ -88,7 +90,7 @@ def _tell(out: Out, found: RestoreMap, checkpoint: str, name: str) -> None:
     )
 
 
-def _hint(found: RestoreMap, checkpoint: str, name: str) -> str:
+def _hint(found: RestoreMap, checkpoint: str, name: str, key: str | None) -> str:
     """Return the command that makes the restore work, or what else would."""
     missing = found.missing
     if any(row.source == "mismatch" for row in missing):
@@ -101,10 +103,10 @@ def _hint(found: RestoreMap, checkpoint: str, name: str) -> str:
         )
     if lost:
         return _unsaved(lost, name)
-    words = ["ema-avg", "rename", checkpoint, "-o", "OUT"]
+    words = ["ema-avg", "rename", checkpoint, "-o", "OUT"] + (["--key", key] if key else [])
     from ema_cli.naming import SHADOW_NAME
 
-    towards = _towards(found, checkpoint, name)
+    towards = _towards(found, checkpoint, name, key)
     if towards:
         words += ["--names", towards]
         return command(*words, *([] if name == SHADOW_NAME else ["--name", name]))
@@ -114,7 +116,7 @@ def _hint(found: RestoreMap, checkpoint: str, name: str) -> str:
     return command(*words)
 
 
-def _towards(found: RestoreMap, checkpoint: str, name: str) -> str:
+def _towards(found: RestoreMap, checkpoint: str, name: str, key: str | None) -> str:
     """Return the direction of renaming after which every row is found, or an empty string."""
     from ema_cli import renaming
     from ema_cli.errors import EmaError
@@ -125,7 +127,7 @@ def _towards(found: RestoreMap, checkpoint: str, name: str) -> str:
         if towards == "shadow" and raw:
             continue  # a shadow is saved, if under another name
         try:
-            if asked <= renaming.names_after(checkpoint, towards, name):
+            if asked <= renaming.names_after(checkpoint, towards, name, key):
                 return towards
         except EmaError:
             continue

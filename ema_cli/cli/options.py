@@ -202,6 +202,12 @@ name_option = _option(
     help="Name of the shadows: <variable>/NAME.",
 )
 
+key_option = _option(
+    "Input",
+    "--key",
+    metavar="PATH",
+    help="Where the model is inside a checkpoint that holds more, e.g. state/model.",
+)
 input_options = _apply(
     [
         _option("Input", "--glob", metavar="GLOB", help="Entries to consider; may contain '/'."),
@@ -223,6 +229,7 @@ input_options = _apply(
             show_default=True,
             help="Order of checkpoints that are named one by one.",
         ),
+        key_option,
     ]
 )
 
@@ -272,9 +279,8 @@ average_options = _apply(
             "TensorFlow compatibility",
             "--statistics",
             type=click.Choice(("average", "copy")),
-            default="average",
-            show_default=True,
-            help="Batch-norm statistics; TensorFlow copies them.",
+            help="Batch-norm statistics; the frameworks copy them.  [default: average, or copy "
+            "with --like]",
         ),
         _option(
             "TensorFlow compatibility",
@@ -283,6 +289,14 @@ average_options = _apply(
             default="auto",
             show_default=True,
             help="Accumulate half types in float32, or in themselves as TensorFlow does.",
+        ),
+        _option(
+            "Average",
+            "--like",
+            type=click.Choice(("tensorflow", "torch", "keras")),
+            default="tensorflow",
+            show_default=True,
+            help="Whose arithmetic: torch as AveragedModel, keras as use_ema, bit for bit.",
         ),
         _option(
             "Average",
@@ -349,6 +363,14 @@ output_options = _apply(
             default="auto",
             show_default=True,
             help="Optimizer state: auto keeps it when names stay.",
+        ),
+        _option(
+            "Output",
+            "--unknown",
+            type=click.Choice(("refuse", "keep", "drop")),
+            default="refuse",
+            show_default=True,
+            help="Objects in a PyTorch pickle that are neither tensors nor plain data.",
         ),
     ]
 )

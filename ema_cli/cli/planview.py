@@ -114,7 +114,7 @@ def _outcome(out: Out, plan: Plan, outcome: Outcome) -> None:
 def _tensors(out: Out, outcome: Outcome) -> None:
     """Count what is averaged, copied and left out, with each reason."""
     selection = outcome.selection
-    nbytes = sum(tensor.extent.nbytes for tensor in selection.averaged)
+    nbytes = sum(tensor.nbytes for tensor in selection.averaged)
     out.line(f"  averaged: {plural(len(selection.averaged), 'tensor')}, {size(nbytes)}")
     if outcome.last.index.roles_from:
         out.line(f"  variables told by {outcome.last.index.roles_from}")
@@ -124,7 +124,7 @@ def _tensors(out: Out, outcome: Outcome) -> None:
         out.line(f"  {_batch_norm(outcome)}")
     _counted(out, "copied", Counter(reason for _, reason in copies))
     _counted(out, "left out", Counter(left_out.values()))
-    optimizer = sum(tensor.extent.nbytes for tensor in selection.optimizer)
+    optimizer = sum(tensor.nbytes for tensor in selection.optimizer)
     if optimizer:
         word = "left out" if selection.optimizer[0].name in left_out else "kept"
         out.line(f"  optimizer state {word}: {size(optimizer)} (--optimizer keep or drop)")

@@ -35,6 +35,7 @@ from ema_cli.text import plural, printable, shorten
     help="variable: shadows replace their variables; shadow: the other way.",
 )
 @options.name_option
+@options.key_option
 @options.rule_option
 @options.format_option
 @options.overwrite_option

@@ -17,20 +17,7 @@ class Foreign(NamedTuple):
     convert: str
 
 
-_TORCH = "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'OUT.safetensors')"
-_KERAS = (
-    "safetensors.numpy.save_file({v.path: v.numpy() for v in model.weights}, 'OUT.safetensors')"
-)
-_NUMPY = "safetensors.numpy.save_file(dict(numpy.load(FILE)), 'OUT.safetensors')"
-
 SUFFIXES: Mapping[str, Foreign] = {
-    ".pt": Foreign("PyTorch", _TORCH),
-    ".pth": Foreign("PyTorch", _TORCH),
-    ".ckpt": Foreign("PyTorch Lightning", _TORCH),
-    ".bin": Foreign("PyTorch", _TORCH),
-    ".h5": Foreign("Keras HDF5", _KERAS),
-    ".keras": Foreign("Keras", _KERAS),
-    ".npz": Foreign("NumPy", _NUMPY),
     ".distcp": Foreign(
         "torch DCP", "python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR OUT.pt"
     ),
@@ -47,11 +34,6 @@ _FOLDERS: Mapping[str, Foreign] = {
     "zero_to_fp32.py": Foreign(
         "DeepSpeed ZeRO", "python zero_to_fp32.py . OUT --safe_serialization"
     ),
-    "pytorch_model.bin": Foreign("PyTorch", _TORCH),
-    "pytorch_model.bin.index.json": Foreign(
-        "PyTorch", "transformers: model.save_pretrained(DIR, safe_serialization=True)"
-    ),
-    "tf_model.h5": SUFFIXES[".h5"],
     "flax_model.msgpack": SUFFIXES[".msgpack"],
 }
 

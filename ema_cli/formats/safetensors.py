@@ -78,11 +78,12 @@ def sniff(start: bytes, file_size: int) -> bool:
     return len(start) >= 9 and start[8:9] == b"{" and length <= max(file_size, 1 << 32)
 
 
-def read(path: str, known: Known) -> Checkpoint:
+def read(path: str, known: Known, key: str = "") -> Checkpoint:
     """Return the checkpoint in the single file `path`: its checked header, no tensor data.
 
     Raises `DamagedFile` for each broken invariant, `InputError` when it cannot be opened.
     """
+    del key  # nothing is nested in it
     fd = open_input(path)
     try:
         file = stamp(fd, path)
@@ -90,11 +91,11 @@ def read(path: str, known: Known) -> Checkpoint:
     finally:
         os.close(fd)
     digest = hashlib.sha256(raw).hexdigest()
-    key = known_as(digest, file.size)
-    if key not in known:
+    identity = known_as(digest, file.size)
+    if identity not in known:
         tensors, metadata = _parse(path, raw, file.size)
-        known[key] = Index(NAME, tensors, ("",), metadata)
-    return Checkpoint(path, (file,), known[key], (digest,))
+        known[identity] = Index(NAME, tensors, ("",), metadata)
+    return Checkpoint(path, (file,), known[identity], (digest,))
 
 
 def known_as(digest: str, file_size: int) -> tuple[str, ...]:
@@ -294,8 +295,9 @@ def representable(dtype: DType) -> bool:
     return dtype.name in _CODE_OF
 
 
-def template(last: Checkpoint) -> Draft:
-    """Return the file of `last` with its header, byte for byte."""
+def template(last: Checkpoint, averaged: Sequence[Tensor], unknown: str) -> Draft:
+    """Return the file of `last` with its header, byte for byte, whatever is `averaged`."""
+    del averaged, unknown
     return Draft([template_file("", last.files[0])], last.index.by_name)
 
 

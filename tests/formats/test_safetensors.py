@@ -54,7 +54,7 @@ def by_us(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
     """Return the same as we read it."""
     content = path.read_bytes()
     found = {}
-    for name, dtype, shape, (file, offset, size), _ in read(str(path), {}).index.tensors:
+    for name, dtype, shape, (file, offset, size), *_ in read(str(path), {}).index.tensors:
         assert file == 0
         found[name] = (ALL_CODES[dtype.name], list(shape), content[offset : offset + size])
     return found

@@ -36,7 +36,7 @@ def read(path: Path, known: dict | None = None) -> Checkpoint:
 def values(checkpoint: Checkpoint) -> dict[str, list[float]]:
     """Return the float32 values of a checkpoint, found through its index."""
     found = {}
-    for name, _, _, (file, offset, nbytes), _ in checkpoint.index.tensors:
+    for name, _, _, (file, offset, nbytes), *_ in checkpoint.index.tensors:
         content = Path(checkpoint.files[file].path).read_bytes()
         found[name] = np.frombuffer(content[offset : offset + nbytes], np.float32).tolist()
     return found

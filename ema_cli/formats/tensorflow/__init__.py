@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ema_cli.blueprint import Draft, Entry, Layout
+from ema_cli.blueprint import Draft, Entry, Layout, Patch
 from ema_cli.formats.known import Known
 from ema_cli.formats.tensorflow.places import (
     IN_SAVED_MODEL,
@@ -63,10 +63,11 @@ __all__ = [
 ]
 
 
-def read(path: str, known: Known) -> Checkpoint:
-    """Return the checkpoint that `path` means; see `bundle.read`."""
+def read(path: str, known: Known, key: str = "") -> Checkpoint:
+    """Return the checkpoint that `path` means; see `bundle.read`. Nothing has a `key` there."""
     from ema_cli.formats.tensorflow import bundle
 
+    del key
     return bundle.read(path, known)
 
 
@@ -84,10 +85,11 @@ def can_name(name: str) -> bool:
     return drafting.can_name(name)
 
 
-def template(last: Checkpoint) -> Draft:
+def template(last: Checkpoint, averaged: Sequence[Tensor], unknown: str) -> Draft:
     """Return the files of `last`; see `drafting.template`."""
     from ema_cli.formats.tensorflow import drafting
 
+    del averaged, unknown
     return drafting.template(last)
 
 
@@ -113,8 +115,8 @@ def renamed(wanted: Sequence[Entry], source: Checkpoint) -> Draft:
     return drafting.renamed(wanted, source)
 
 
-def seal(layout: Layout, checksums: Mapping[Extent, int]) -> tuple[int, bytes]:
-    """Return the ordinal and the bytes of the index file; see `drafting.seal`."""
+def seal(layout: Layout, checksums: Mapping[Extent, int]) -> list[Patch]:
+    """Return the index file; see `drafting.seal`."""
     from ema_cli.formats.tensorflow import drafting
 
     return drafting.seal(layout, checksums)

@@ -7,9 +7,9 @@ Saver sorts them, and the index is built as its table builder does.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from ema_cli.blueprint import Draft, Entry, File, Layout
+from ema_cli.blueprint import Draft, Entry, File, Layout, Patch
 from ema_cli.checksums import crc32c, masked
 from ema_cli.formats.tensorflow import bundle, entries, ordered, places, table
 from ema_cli.formats.tensorflow.entries import DTYPE_NUMBERS, Header
@@ -47,7 +47,8 @@ def template(last: Checkpoint) -> Draft:
     index = structure.raw.tobytes()
     if (structure.crc_offsets < 0).any():  # a compressed index, in which nothing can be replaced
         index = _index(last.index.by_name, Header(len(data), last.index.big_endian))
-    return Draft([*data, _index_file(index)], last.index.by_name)
+    by_name = last.index.by_name
+    return Draft([*data, _index_file(index)], by_name, _fixed(by_name.values()))
 
 
 def fresh(wanted: Sequence[Entry], last: Checkpoint) -> Draft:
@@ -72,7 +73,7 @@ def fresh(wanted: Sequence[Entry], last: Checkpoint) -> Draft:
             end += n_bytes
     header = Header(1, last.index.format == places.NAME and last.index.big_endian)
     index = _index_file(_index(placed, header))
-    return Draft([File(places.data_suffix(0, 1), end), index], placed)
+    return Draft([File(places.data_suffix(0, 1), end), index], placed, _fixed(placed.values()))
 
 
 def renamed(wanted: Sequence[Entry], source: Checkpoint) -> Draft:
@@ -87,6 +88,11 @@ def renamed(wanted: Sequence[Entry], source: Checkpoint) -> Draft:
     return Draft([*data, _index_file(index)], placed)
 
 
+def _fixed(tensors: Iterable[Tensor]) -> tuple[Extent, ...]:
+    """Return the extents whose bytes have the checksum that the index holds, each once."""
+    return tuple(dict.fromkeys(e for t in tensors if t.dtype.bits for e in t.extents))
+
+
 def _index_file(index: bytes) -> File:
     """Return the file of an index whose checksums are still to come."""
     return File(places.SUFFIX, len(index), ((0, index),))
@@ -95,8 +101,8 @@ def _index_file(index: bytes) -> File:
 # ---------------------------------------------------------------------------- sealing
 
 
-def seal(layout: Layout, checksums: Mapping[Extent, int]) -> tuple[int, bytes]:
-    """Return the ordinal and the bytes of the index file, with the checksums in their places.
+def seal(layout: Layout, checksums: Mapping[Extent, int]) -> list[Patch]:
+    """Return the index file, with the checksums in their places.
 
     Args:
         layout: of the output.
@@ -123,7 +129,7 @@ def seal(layout: Layout, checksums: Mapping[Extent, int]) -> tuple[int, bytes]:
         end = start + length
         crc = masked(crc32c(memoryview(raw)[start : end + 1]))
         raw[end + 1 : end + table.TRAILER_BYTES] = crc.to_bytes(entries.CRC_BYTES, "little")
-    return ordinal, bytes(raw)
+    return [Patch(ordinal, 0, bytes(raw), whole=True)]
 
 
 def _recorded(last: Checkpoint, extent: Extent) -> int:

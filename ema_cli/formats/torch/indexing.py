@@ -1,0 +1,228 @@
+"""Makes an index of what a PyTorch file holds: where the elements of each tensor lie.
+
+A tensor is a view of a storage: it has an offset and strides there, and several may share one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ema_cli.errors import DamagedFile, UnsupportedInput
+from ema_cli.formats.known import Known
+from ema_cli.formats.torch import models
+from ema_cli.formats.torch.models import Named
+from ema_cli.formats.torch.nodes import Global, StorageRef, TensorRef
+from ema_cli.formats.torch.survey import Survey
+from ema_cli.tensors import DTYPES, Checkpoint, Extent, Index, Stamp, Tensor
+from ema_cli.text import shorten
+
+NAME = "torch"
+CHECKSUM = "crc32"
+
+# NumPy 1 holds no more than 32 dimensions, NumPy 2 no more than 64.
+DIMENSION_LIMIT = 32
+_SIZE_LIMIT = 1 << 63
+# Under this key stands the index whose structure a file has, so that the model is found again.
+SAME_STRUCTURE = (NAME, "structure")
+
+
+class Stored(NamedTuple):
+    """Where a storage lies.
+
+    Attributes:
+        offset: of its first byte in the file.
+        nbytes: how many.
+        crc: CRC-32 of them, 0 where there is none.
+        crc_at: the offsets where that stands.
+    """
+
+    offset: int
+    nbytes: int
+    crc: int = 0
+    crc_at: tuple[int, ...] = ()
+
+
+class Contents(NamedTuple):
+    """What a file holds, whichever of the two kinds it is.
+
+    Attributes:
+        root: what its pickle says.
+        globals: the names its pickle mentions.
+        storages: by key.
+        big_endian: its byte order.
+        digest: SHA-256 of all but the storages.
+        checked: whether it has checksums.
+        cloned: whether a copy in which only storages differ is as good as the file itself.
+    """
+
+    root: Any
+    globals: Sequence[Global]
+    storages: Mapping[str, Stored]
+    big_endian: bool
+    digest: str
+    checked: bool
+    cloned: bool
+
+
+class Own(NamedTuple):
+    """What is kept of a file to write one like it: the path of the model in it."""
+
+    model: tuple[str, ...]
+
+
+def checkpoint_of(file: Stamp, contents: Contents, known: Known, key: str) -> Checkpoint:
+    """Return the checkpoint of a file; `key` is the path of the model inside, or empty."""
+    survey = Survey(file.path, contents.root)
+    model = _model(survey, known, key)
+    named = models.named(survey, model)
+    tensors = tensors_of(file.path, contents, named)
+    used = _used(contents, named, {tensor.name for tensor in tensors})
+    index = _index(contents, model, named, tensors, used)
+    index = known.setdefault(_identity(index), index)
+    crcs = np.array([one.crc for one in used], np.uint32) if index.records else None
+    return Checkpoint(
+        file.path,
+        (file,),
+        index,
+        (contents.digest,),
+        checksums=crcs,
+        told_step=models.told_step(contents.root),
+    )
+
+
+def _model(survey: Survey, known: Known, key: str) -> tuple[str, ...]:
+    alike = known.get(SAME_STRUCTURE)
+    if alike is not None and not key and isinstance(alike.own, Own):
+        key = "/".join(alike.own.model) or "/"
+    return models.find(survey, key)
+
+
+def _identity(index: Index) -> tuple[Any, ...]:
+    """Return all that decides an index; steps and checksums differ between checkpoints."""
+    return (
+        NAME,
+        index.tensors,
+        index.records,
+        index.big_endian,
+        index.own,
+        tuple(index.roles.items()),
+        index.cautions,
+    )
+
+
+def _index(
+    contents: Contents,
+    model: tuple[str, ...],
+    named: Sequence[Named],
+    tensors: tuple[Tensor, ...],
+    used: Sequence[Stored],
+) -> Index:
+    kept = {tensor.name for tensor in tensors}
+    nested = any(not one.of_model for one in named)
+    records = [Extent(0, one.offset, one.nbytes) for one in used] if contents.checked else []
+    return Index(
+        NAME,
+        tensors,
+        ("",),
+        big_endian=contents.big_endian,
+        roles={one.name: one.role for one in named if one.name in kept} if nested else {},
+        roles_from=_roles_from(model) if nested else "",
+        own=Own(model),
+        records=tuple(records),
+        checksum=CHECKSUM,
+        cautions=tuple(models.cautions(contents.root, model, named)),
+    )
+
+
+def _roles_from(model: tuple[str, ...]) -> str:
+    return f"the entry {shorten('/'.join(model))}" if model else "their place in the file"
+
+
+def _used(contents: Contents, named: Sequence[Named], kept: set[str]) -> list[Stored]:
+    """Return the storages of the tensors of an index, in the order of their bytes."""
+    keys = {one.node.storage.key for one in named if one.name in kept}
+    return sorted(one for one in map(contents.storages.__getitem__, keys) if one.nbytes)
+
+
+# ---------------------------------------------------------------------------- tensors
+
+
+def tensors_of(path: str, contents: Contents, named: Sequence[Named]) -> tuple[Tensor, ...]:
+    """Return the tensors whose values are what is stored, in the order of their bytes."""
+    dtypes: dict[str, str] = {}
+    tensors = []
+    for one in named:
+        if models.is_plain(one.node) and one.node.dtype in DTYPES:
+            _check_dtype(path, one, dtypes)
+            tensors.append(_tensor(path, one.name, one.node, contents.storages))
+        elif isinstance(one.node, TensorRef):
+            _refuse_negative(path, one)
+    tensors.sort(key=_position)
+    return tuple(tensors)
+
+
+def _position(tensor: Tensor) -> tuple[int, ...]:
+    return tensor.extent[:2]
+
+
+def _check_dtype(path: str, one: Named, dtypes: dict[str, str]) -> None:
+    key, dtype = one.node.storage.key, one.node.dtype
+    first = dtypes.setdefault(key, dtype)
+    if first != dtype:
+        raise DamagedFile(
+            path, f"storage '{shorten(key)}' is read as {first} and as {dtype}", one.name
+        )
+
+
+def _refuse_negative(path: str, one: Named) -> None:
+    if one.of_model and one.node.neg and DTYPES[one.node.dtype].floating:
+        raise UnsupportedInput(
+            f"{shorten(path, 1000)}: tensor '{shorten(one.name)}': what is stored is its negative",
+            "save it again as tensor.resolve_neg()",
+        )
+
+
+def _tensor(path: str, name: str, ref: TensorRef, storages: Mapping[str, Stored]) -> Tensor:
+    dtype = DTYPES[ref.dtype]
+    stored = located(path, name, ref.storage, storages)
+    width, shape = dtype.bits // 8, ref.shape
+    if len(shape) > DIMENSION_LIMIT:
+        raise DamagedFile(
+            path, f"expected at most {DIMENSION_LIMIT} dimensions, found {len(shape)}", name
+        )
+    if math.prod([n for n in shape if n]) * width >= _SIZE_LIMIT:
+        raise DamagedFile(path, f"the size of shape {list(shape)} overflows 64 bits", name)
+    if 0 in shape:
+        return Tensor(name, dtype, shape, Extent(0, stored.offset, 0))
+    reach = sum((n - 1) * stride for n, stride in zip(shape, ref.strides, strict=True))
+    extent = Extent(0, stored.offset + ref.offset * width, (reach + 1) * width)
+    return Tensor(name, dtype, shape, extent, (), normal_strides(shape, ref.strides))
+
+
+def located(path: str, name: str, storage: StorageRef, storages: Mapping[str, Stored]) -> Stored:
+    """Return where a storage lies; raises `DamagedFile` when it is not there, whole."""
+    stored = storages.get(storage.key)
+    if stored is None:
+        raise DamagedFile(path, f"its storage '{shorten(storage.key)}' is missing", name)
+    if stored.nbytes != storage.nbytes:
+        raise DamagedFile(
+            path,
+            f"expected {storage.nbytes:,} bytes of storage '{shorten(storage.key)}', "
+            f"found {stored.nbytes:,}",
+            name,
+        )
+    return stored
+
+
+def normal_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides of a tensor, () for C order; those of dimensions of length 1 are 0."""
+    expected = 1
+    for length, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if length != 1 and stride != expected:
+            return tuple(s if n != 1 else 0 for n, s in zip(shape, strides, strict=True))
+        expected *= length
+    return ()
