@@ -8,7 +8,7 @@ all of a member has to be read: what no range or copy reads of one that is neede
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from ema_cli.ranges import Copy, Place, Range, Span
 from ema_cli.tensors import DTYPES, Checkpoint, Extent, Index
@@ -22,6 +22,7 @@ def cover(
     indexes: Sequence[Index],
     index_of: Sequence[int],
     first_input: Sequence[int],
+    mixed: Collection[int],
 ) -> tuple[list[Range], list[Copy]]:
     """Return the ranges and copies with the bytes each is verified with, and further copies.
 
@@ -33,6 +34,7 @@ def cover(
         indexes: the distinct ones that are used.
         index_of: for each checkpoint which of `indexes` it has, or -1.
         first_input: for each checkpoint the ordinal of its first file in the plan.
+        mixed: the checkpoints of which the ranges are read; others are copied from only.
     """
     records = [_Records(index) for index in indexes]
     covered = [
@@ -44,7 +46,7 @@ def cover(
         )
         for group, one in enumerate(ranges)
     ]
-    sources = _Sources(checkpoints, records, index_of, first_input)
+    sources = _Sources(checkpoints, records, index_of, first_input, mixed)
     return covered, [*sources.verified(copies), *sources.of_files(file_copies), *sources.rest()]
 
 
@@ -61,13 +63,17 @@ class _Sources:
         records: Sequence[_Records],
         index_of: Sequence[int],
         first_input: Sequence[int],
+        mixed: Collection[int],
     ) -> None:
         self._checkpoints = checkpoints
         self._first_input = first_input
         self._used = [k for k, first in enumerate(first_input) if first >= 0]
         self._firsts = [first_input[k] for k in self._used]
         # What is read of a checkpoint: the ranges of its index, and then copies of its own.
-        self._read = {k: records[index_of[k]].copied() for k in self._used}
+        self._read = {
+            k: records[index_of[k]].copied() if k in mixed else _Records(checkpoints[k].index)
+            for k in self._used
+        }
 
     def verified(self, copies: Iterable[Copy]) -> Iterator[Copy]:
         """Yield copies of tensors, each with the bytes it is verified with."""

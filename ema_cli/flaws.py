@@ -55,6 +55,15 @@ def _value(plan: Plan, piece: Piece, source: Source, element: int) -> float:
     return float(np.frombuffer(raw, dtype)[0])
 
 
+def _has(tensor: Tensor, distance: int) -> bool:
+    """Whether an element of a tensor lies `distance` bytes after its first one."""
+    left = distance // max(tensor.dtype.bits // 8, 1)
+    steps = sorted(zip(tensor.strides, tensor.shape, strict=False), reverse=True)
+    for stride, length in steps:
+        left -= min(left // stride, length - 1) * stride if stride else 0
+    return not tensor.strides or left == 0
+
+
 def _locate(plan: Plan, piece: Piece, source: Source, element: int) -> tuple[Checkpoint, Tensor]:
     """Return the checkpoint and the tensor that an element of a piece belongs to."""
     offset = _offset(piece, source, element)
@@ -64,6 +73,7 @@ def _locate(plan: Plan, piece: Piece, source: Source, element: int) -> tuple[Che
             continue
         for tensor in checkpoint.index.tensors:
             for file, start, n_bytes in tensor.extents:
-                if first + file == source.file and start <= offset < start + n_bytes:
+                inside = first + file == source.file and start <= offset < start + n_bytes
+                if inside and _has(tensor, offset - start):
                     return checkpoint, tensor
     raise LookupError(f"byte {offset} of input {source.file}")

@@ -18,6 +18,8 @@ from ema_cli.regions import Grid
 Array = np.ndarray[Any, Any]
 # Bytes of a row from which reading it alone costs no more than the call.
 SHORT_ROW = 4096
+# Bytes that are read by one call, with gaps.
+_SPAN = 1 << 20
 
 
 class _Part(NamedTuple):
@@ -48,9 +50,13 @@ def fetch(
     for part in _parts(grid, offset, block.itemsize, start, len(block)):
         axes = _stored_order(part)
         stored = np.empty([_stored_length(part, axis) for axis in axes], block.dtype)
-        flat = stored.reshape(-1).view(np.uint8).data
-        for at, place, n_bytes in _rows(part, axes, block.itemsize):
-            read(flat[place : place + n_bytes], at)
+        for at, rows, stride in _groups(part, axes, stored.reshape(-1)):
+            if len(rows) == 1:
+                read(rows[0].data, at)
+                continue
+            span = np.empty((len(rows) - 1) * stride + rows.shape[1], np.uint8)
+            read(span.data, at)
+            rows[...] = np.lib.stride_tricks.as_strided(span, rows.shape, (stride, 1))
         into = block[done : done + part.elements].reshape(part.lengths)
         into[...] = stored.transpose(np.argsort(axes))
         done += part.elements
@@ -84,15 +90,42 @@ def _stored_length(part: _Part, axis: int) -> int:
 
 def _rows(part: _Part, axes: Sequence[int], width: int) -> Iterator[tuple[int, int, int]]:
     """Yield (byte offset in the file, place in the buffer, bytes) of the rows of a part."""
+    lengths, strides, run = _outer(part, axes, width)
+    for row, place in enumerate(np.ndindex(*lengths)):
+        skipped = sum(p * stride for p, stride in zip(place, strides, strict=True))
+        yield part.offset + skipped, row * run * width, run * width
+
+
+def _outer(part: _Part, axes: Sequence[int], width: int) -> tuple[list[int], list[int], int]:
+    """Return the lengths and strides of the axes that rows differ in, and a row's elements."""
     lengths = [_stored_length(part, axis) for axis in axes]
     strides = [part.strides[axis] for axis in axes]
     run, k = 1, len(axes)
     while k and (lengths[k - 1] == 1 or strides[k - 1] == run * width):
         k -= 1
         run *= lengths[k]
-    for row, place in enumerate(np.ndindex(*lengths[:k])):
-        skipped = sum(p * stride for p, stride in zip(place, strides[:k], strict=True))
-        yield part.offset + skipped, row * run * width, run * width
+    return lengths[:k], strides[:k], run
+
+
+def _groups(part: _Part, axes: Sequence[int], stored: Array) -> Iterator[tuple[int, Array, int]]:
+    """Yield (byte offset, rows as bytes, their distance) of rows that are read by one call.
+
+    Where the gaps between them are short, reading these too costs less than calls without them.
+    """
+    width = stored.itemsize
+    lengths, strides, run = _outer(part, axes, width)
+    rows = stored.view(np.uint8).reshape(-1, run * width)
+    near = bool(lengths) and run * width < strides[-1] <= SHORT_ROW
+    together = max(1, _SPAN // strides[-1]) if near else 1
+    inner = lengths[-1] if near else 1
+    row = 0
+    for place in np.ndindex(*(lengths[:-1] if near else lengths)):
+        skipped = sum(p * stride for p, stride in zip(place, strides, strict=False))
+        for first in range(0, inner, together):
+            count = min(together, inner - first)
+            at = part.offset + skipped + (first * strides[-1] if near else 0)
+            yield at, rows[row : row + count], strides[-1] if near else 0
+            row += count
 
 
 def _parts(grid: Grid, offset: int, width: int, start: int, count: int) -> Iterator[_Part]:

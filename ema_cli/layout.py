@@ -28,8 +28,17 @@ from ema_cli.errors import UnsupportedInput, UsageError
 from ema_cli.formats import FORMATS, folders, foreign, tensorflow
 from ema_cli.naming import role_in, shadow_of
 from ema_cli.selection import Selection
-from ema_cli.tensors import DTYPES, NO_FILE, Checkpoint, Index, Role, Tensor, numpy_dtype
-from ema_cli.text import shorten, size
+from ema_cli.tensors import (
+    DTYPES,
+    NO_FILE,
+    Checkpoint,
+    Extent,
+    Index,
+    Role,
+    Tensor,
+    numpy_dtype,
+)
+from ema_cli.text import plural, shorten, size
 
 NAMES = ("auto", "shadow", "variable")
 OPTIMIZER = ("auto", "keep", "drop")
@@ -191,6 +200,7 @@ def lay_out(
     entries, unsayable = representable(entries, chosen)
     left_out += unsayable
     draft = draft or _fresh(entries, last, chosen, wishes)
+    draft = _with_ties(draft, entries, last.index)
     big_endian = chosen == last.index.format and last.index.big_endian
     files = _with_local_steps(draft, entries, updates, big_endian)
     return Layout(
@@ -209,6 +219,26 @@ def lay_out(
         draft.own,
         draft.notes,
     )
+
+
+def _with_ties(draft: Draft, entries: Sequence[Entry], index: Index) -> Draft:
+    """Return the draft with a note where tensors that were stored once are stored apart."""
+    names: dict[Extent, list[str]] = defaultdict(list)
+    for tensor in index.tensors:
+        if tensor.nbytes and not tensor.slices:
+            names[tensor.extent].append(tensor.name)
+    tied = {name: extent for extent, some in names.items() if len(some) > 1 for name in some}
+    places: dict[tuple[Extent, str], set[Extent]] = defaultdict(set)
+    for entry in entries:
+        if entry.source in tied:
+            made = draft.places[entry.name]
+            end = entry.name.removeprefix(entry.source)  # a shadow and its variable are two
+            places[tied[entry.source], entry.part + end].add(made.extent)
+    apart = {extent for (extent, _), some in places.items() if len(some) > 1}
+    if not apart:
+        return draft
+    note = f"{plural(len(apart), 'tied tensor')} of the input: each name is stored apart"
+    return draft._replace(notes=(*draft.notes, note))
 
 
 def _fresh(entries: Sequence[Entry], last: Checkpoint, chosen: str, wishes: Wishes) -> Draft:
@@ -264,8 +294,18 @@ def lay_out_entries(
 def representable(
     entries: Sequence[Entry], chosen: str
 ) -> tuple[list[Entry], list[tuple[str, str]]]:
-    """Return the entries that a format can hold, and (tensor, reason) of those it cannot."""
+    """Return the entries that a format can hold, and (tensor, reason) of those it cannot.
+
+    Raises `UsageError` for an averaged one: an average that is left out is none.
+    """
     row = FORMATS[chosen]
+    for entry in entries:
+        if entry.part != COPY and not row.representable(entry.dtype):
+            raise UsageError(
+                f"a {row.title} cannot hold '{shorten(entry.name)}': expected another dtype than "
+                f"{entry.dtype}",
+                "write the averages wider with --dtype float32, or in another format",
+            )
     kept = [entry for entry in entries if row.representable(entry.dtype)]
     lost = [
         (entry.source, f"a {row.title} cannot hold {entry.dtype}")

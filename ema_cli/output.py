@@ -168,7 +168,8 @@ class Unpublished:
     def _check_index(self) -> None:
         """Read the index back, with our reader and with the reference one."""
         row = FORMATS[self.layout.format]
-        written = row.read(self._readable, self._known(), "")
+        key = self.layout.last.key if self.layout.template else ""
+        written = row.read(self._readable, self._known(), key)
         names = [file.name for file in self.layout.files]
         made = zip(written.index.names, written.files, strict=False)
         order = [names.index(name) if f.path else k for k, (name, f) in enumerate(made)]

@@ -147,7 +147,14 @@ def make(request: Request) -> Plan:
     copies = _copies(outcomes, destinations, run.checkpoints, first_input)
     whole = list(ranges.file_copies(destinations, inputs))
     averaged, copies = cover(
-        averaged, copies, whole, run.checkpoints, indexes, index_of, first_input
+        averaged,
+        copies,
+        whole,
+        run.checkpoints,
+        indexes,
+        index_of,
+        first_input,
+        counting(schedules),
     )
     spilled = _spilled(run, used, outcomes)
     return Plan(

@@ -7,14 +7,20 @@ its checkpoints and outputs have in common.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ema_cli import regions
 from ema_cli.blueprint import AVERAGE, BIASED, COPY, Entry, Layout
+from ema_cli.errors import UnsupportedInput
 from ema_cli.files import stamp_of
 from ema_cli.regions import Grid, Regions
 from ema_cli.tensors import DTYPES, Checkpoint, Extent, Index, Stamp, Tensor, swap_width
+from ema_cli.text import shorten
+
+# Pieces of one tensor with other bytes between them, in a copy of the file they lie in.
+ROW_LIMIT = 1 << 16
 
 
 class Span(NamedTuple):
@@ -354,7 +360,19 @@ def _replaced(layout: Layout) -> list[list[tuple[int, int]]]:
             for box, extent in regions.stored_boxes(made) if made.nbytes else []:
                 _, offset, grid = Regions(made, width).find(box)
                 rows = [(offset, extent.nbytes // width)]
-                if grid is not None and not made.dense:
-                    rows = list(regions.stretches(offset, grid, width, 0, box.elements))
+                if grid is not None and extent.nbytes > made.nbytes:  # with gaps between
+                    rows = _rows(made, regions.stretches(offset, grid, width, 0, box.elements))
                 replaced[extent.file].extend((at, at + n * width) for at, n in rows)
     return replaced
+
+
+def _rows(made: Tensor, rows: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the rows of a tensor between which there is something else."""
+    found = list(itertools.islice(rows, ROW_LIMIT + 1))
+    if len(found) > ROW_LIMIT:
+        raise UnsupportedInput(
+            f"tensor '{shorten(made.name)}' lies in more than {ROW_LIMIT:,} pieces with other "
+            "bytes between them",
+            "write another format, e.g. -o NAME.safetensors, or save the tensor contiguous",
+        )
+    return found

@@ -25,6 +25,7 @@ def describe(plan: Plan, outcome: Outcome) -> dict[str, Any]:
             "init": average.init,
             "zero_debias": average.zero_debias,
             "shadow_dtype": plan.request.shadow_dtype,
+            "like": plan.request.like,
             "non_finite": plan.request.non_finite,
             "effective_checkpoints": effective_count(outcome.weights),
             "mean_age": mean_age(outcome.weights, plan.run.steps),

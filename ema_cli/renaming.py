@@ -11,6 +11,7 @@ from ema_cli.blueprint import COPY, Entry, Layout, entry_of
 from ema_cli.coverage import cover
 from ema_cli.durable import free_bytes
 from ema_cli.errors import Disagreement
+from ema_cli.formats import FORMATS
 from ema_cli.layout import Wishes, lay_out_entries
 from ema_cli.naming import role_in, role_of, shadow_of, variable_behind
 from ema_cli.plan import BASE_BYTES, Costs, Plan, Request
@@ -46,18 +47,34 @@ def make(request: Request, towards: str | None) -> tuple[Plan, Layout, Renamed]:
     wishes, path = request.wishes, request.output or ""
     checkpoint = find_one(request.paths[0], request.choice.key)
     entries, replaced, left_out = _renamed_entries(checkpoint, towards, wishes)
+    beside = _beside(checkpoint)
+    entries = [entry for entry in entries if entry.source not in beside]
     rules = naming.compile_rules(wishes.rules)
     entries = [e._replace(name=naming.apply_rules(e.name, rules)) for e in entries]
     changed = tuple((e.source, e.name) for e in entries if e.name != e.source)
     layout = lay_out_entries(
-        path, checkpoint, entries, wishes, [(name, "belongs to a shadow") for name in left_out]
+        path,
+        checkpoint,
+        entries,
+        wishes,
+        [(name, "belongs to a shadow") for name in left_out]
+        + [(name, "beside the model") for name in beside],
     )
+    left_out += beside
     if not changed and layout.format == checkpoint.index.format:
         raise _nothing(request, checkpoint, towards)
     renamed = Renamed(
         layout.path, changed, tuple(replaced), tuple(left_out), len(entries) - len(changed)
     )
     return _plan(request, checkpoint, layout), layout, renamed
+
+
+def _beside(checkpoint: Checkpoint) -> list[str]:
+    """Return the tensors of a nested checkpoint that are not its model's: a copy is flat."""
+    if not FORMATS[checkpoint.index.format].nested:
+        return []
+    others = (Role.BESIDE, Role.OPTIMIZER)
+    return [name for name, role in checkpoint.index.roles.items() if role in others]
 
 
 def names_after(path: str, towards: str, name: str, key: str | None) -> set[str]:
@@ -164,7 +181,7 @@ def _plan(request: Request, checkpoint: Checkpoint, layout: Layout) -> Plan:
     inputs = list(checkpoint.files)
     copied = ranges.copied_ranges(checkpoint, destination, 0)
     whole = list(ranges.file_copies(destination, inputs))
-    _, copies = cover((), copied, whole, [checkpoint], [checkpoint.index], [0], [0])
+    _, copies = cover((), copied, whole, [checkpoint], [checkpoint.index], [0], [0], ())
     wanted = {entry.source for entry in ranges.copied_entries(layout)}
     spilled = tuple(spilling.spilled(checkpoint, wanted))
     costs = Costs(

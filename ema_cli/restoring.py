@@ -124,9 +124,11 @@ def _recorded(checkpoint: Checkpoint) -> frozenset[str]:
 
 
 def _named(row: Restored, index: Index) -> Restored:
-    """Return the row with what the training program calls the variable, if that is told."""
-    full_name = index.full_names.get(row.variable)
-    return row._replace(note=full_name) if full_name and not row.note else row
+    """Return the row with what else is told: the variable's own name, and where it lies."""
+    lies = index.lies_as.get(row.restore_name)
+    told = [index.full_names.get(row.variable), f"lies in '{shorten(lies)}'" if lies else None]
+    note = ", ".join(filter(None, told))
+    return row._replace(note=note) if note and not row.note else row
 
 
 def _averaged(
@@ -145,7 +147,10 @@ def _averaged(
     averaged = {}
     for variable, tensor in variables.items():
         rule = ruling(rules, variable)
-        recorded = index.roles.get(variable) is Role.VARIABLE
+        # What a shadow alone tells of was a variable; its role is not recorded.
+        recorded = index.roles.get(variable) is Role.VARIABLE or (
+            variable not in index.by_name and bool(index.lies_as)
+        )
         by_role = recorded or (
             role_in(index, variable, name) is Role.VARIABLE and tensor.dtype.averaged
         )

@@ -12,7 +12,14 @@ from ema_cli import formats, provenance
 from ema_cli.durable import is_temporary
 from ema_cli.errors import InputError
 from ema_cli.formats import Known, folders, foreign, tensorflow
-from ema_cli.steps import Step, compile_step_from, save_counter, step_from_name, stored_step
+from ema_cli.steps import (
+    Step,
+    compile_step_from,
+    save_counter,
+    step_from_name,
+    stored_step,
+    tells_epoch,
+)
 from ema_cli.tensors import Checkpoint
 from ema_cli.text import plural, shorten
 
@@ -226,7 +233,11 @@ def with_step(checkpoint: Checkpoint, choice: Choice) -> Checkpoint:
     if stored is None:
         return dataclasses.replace(checkpoint, step=told)
     notes = checkpoint.notes
-    if told is not None and told not in (stored.value, save_counter(checkpoint)):
+    if (
+        told is not None
+        and not tells_epoch(checkpoint.name)
+        and told not in (stored.value, save_counter(checkpoint))
+    ):
         where = shorten(checkpoint.path, 1000)
         notes += (f"{where}: its {stored.source} says step {stored.value}, its name says {told}",)
     return dataclasses.replace(checkpoint, step=stored.value, notes=notes)

@@ -81,6 +81,12 @@ def step_from_name(name: str, expression: re.Pattern[str] | None = None) -> int 
     return _number(epochs[0]) if not numbers and len(epochs) == 1 else None
 
 
+def tells_epoch(name: str) -> bool:
+    """Whether what a name tells is an epoch, which is no step that could differ from one."""
+    text = _NOISE.sub(" ", _SUFFIX.sub("", name))
+    return bool(_EPOCH.search(text)) and not _NUMBER.search(_EPOCH.sub(" ", text))
+
+
 def _number(digits: str) -> int | None:
     """Return the step, or None when no step is that large."""
     return int(digits) if digits.isdecimal() and len(digits) <= _LONGEST_STEP else None

@@ -285,6 +285,7 @@ class Checkpoint:
         within: its path inside the run's directory, where it was found by searching.
         checksums: of each of ``index.extents`` as uint32, or None where the format has none.
         told_step: the step and what says so, where it is no tensor.
+        key: where the user said that the model is inside it.
     """
 
     path: str
@@ -297,6 +298,7 @@ class Checkpoint:
     within: str = ""
     checksums: np.ndarray[Any, np.dtype[np.uint32]] | None = field(default=None, compare=False)
     told_step: tuple[int, str] | None = None
+    key: str = ""
 
     @property
     def name(self) -> str:

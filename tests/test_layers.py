@@ -40,7 +40,7 @@ ROWS: list[set[str]] = [
     {"formats.folders", "formats.foreign"},
     {"formats.sharded", "formats.tensorflow", "formats.torch", "formats.hdf5"},
     {"formats.torch.drafting", "formats.hdf5.archive"},
-    {"formats.torch.reading", "formats.hdf5.drafting"},
+    {"formats.torch.reading", "formats.torch.rewriting", "formats.hdf5.drafting"},
     {"formats.torch.archive", "formats.torch.legacy", "formats.hdf5.reading"},
     {"formats.torch.machine", "formats.torch.storing", "formats.hdf5.child"},
     {"formats.torch.encoding", "formats.torch.indexing", "formats.torch.opcodes"},

@@ -152,7 +152,7 @@ def test_foreign_files_are_reported_and_harmless(tmp_path: Path) -> None:
     found = search(run)
     assert passed_over(found) == {
         "README.md": ("not a checkpoint", False),
-        "optimizer.pt": ("PyTorch: not read by this version", False),
+        "optimizer.pt": ("training state beside the weights", False),
         "events": ("a folder without weights", False),
     }
     cmd("run", run, "-o", tmp_path / "out.safetensors")

@@ -208,7 +208,9 @@ def test_options_without_an_exponential_average(spec: str, options: dict[str, An
         ("dtype", "half"),
         ("dtype", "int32"),
         ("dtype", "float8_e4m3fn"),
-        ("format", "npz"),
+        ("format", "numpy"),
+        ("like", "pytorch"),
+        ("unknown", "keeep"),
         ("optimizer", "dorp"),
     ],
 )

@@ -29,6 +29,10 @@ BATCH_NORM = (
     "batch-norm statistics are averaged too; with training data at hand, recompute them "
     "(torch.optim.swa_utils.update_bn)"
 )
+PLAIN_BATCH_NORM = "batch-norm statistics are averaged too (--statistics copy takes the last)"
+KERAS_BATCH_NORM = (
+    "batch-norm statistics are averaged too (--statistics copy takes the last, as Keras does)"
+)
 TENSORFLOW_BATCH_NORM = (
     "batch-norm statistics are averaged too (--statistics copy takes the last, as TensorFlow does)"
 )
@@ -66,6 +70,8 @@ def show(out: Out, plan: Plan) -> None:
     for outcome in plan.outcomes:
         _outcome(out, plan, outcome)
     costs = plan.costs
+    if costs.spill:
+        out.line(f"unpacks {size(costs.spill)} to a temporary file first")
     out.line(
         f"reads {size(costs.read)}, writes {size(costs.write)}; disk {size(costs.write)} of "
         f"{size(costs.free)} free, memory about {size(costs.memory)}"
@@ -106,8 +112,11 @@ def _outcome(out: Out, plan: Plan, outcome: Outcome) -> None:
     kind = "the last checkpoint's own layout" if layout.template else "a new layout"
     out.line(f"  as {layout.format}, {layout.names} names, {kind}")
     _tensors(out, outcome)
+    for note in layout.notes:
+        out.line(f"  {note}")
+    weights_files = {stamp.path for stamp in outcome.last.files}
     for file in layout.files:
-        if file.copy_of:
+        if file.copy_of and file.copy_of not in weights_files:
             out.line(f"  beside the weights: {shorten(file.name)}")
 
 
@@ -142,8 +151,13 @@ def _statistics(outcome: Outcome) -> bool:
 
 
 def _batch_norm(outcome: Outcome) -> str:
-    tensorflow = outcome.last.index.format == "tensorflow"
-    return TENSORFLOW_BATCH_NORM if tensorflow else BATCH_NORM
+    texts = {
+        "tensorflow": TENSORFLOW_BATCH_NORM,
+        "keras": KERAS_BATCH_NORM,
+        "hdf5": KERAS_BATCH_NORM,
+        "npz": PLAIN_BATCH_NORM,
+    }
+    return texts.get(outcome.last.index.format, BATCH_NORM)
 
 
 def _counted(out: Out, word: str, reasons: Counter[str]) -> None:
@@ -164,7 +178,21 @@ def loading(outcome: Outcome) -> str:
         return _restoring(layout)
     if layout.names == "shadow":
         return command("ema-avg", "map", path)
-    return f"safetensors.numpy.load_file({shorten(path, 1000)!r})"
+    return _call(outcome).format(f"{shorten(path, 1000)!r}")
+
+
+def _call(outcome: Outcome) -> str:
+    """Return the line of code that loads a single file, with ``{}`` for its path."""
+    index = outcome.last.index
+    plain = not any("weights_only=False" in note for note in outcome.layout.notes)
+    whole = "model_config" in index.metadata and outcome.layout.format == index.format
+    calls = {
+        "torch": f"torch.load({{}}, weights_only={plain})",
+        "keras": "keras.saving.load_model({})",
+        "hdf5": "keras.saving.load_model({})" if whole else "model.load_weights({})",
+        "npz": "numpy.load({})",
+    }
+    return calls.get(outcome.layout.format, "safetensors.numpy.load_file({})")
 
 
 def _restoring(layout: Layout) -> str:

@@ -10,6 +10,9 @@ from ema_cli.cli import options
 from ema_cli.cli.options import Command
 from ema_cli.text import plural, printable, shorten
 
+# More names than this are counted rather than listed.
+MANY = 10
+
 
 @click.command(
     cls=Command,
@@ -55,8 +58,11 @@ def rename(checkpoint: str, output: str, **given: Any) -> int:
         tell(f"renamed: {shorten(old)} to {shorten(new)}")
     for name in done.replaced:
         out.say(f"replaced by its shadow: {shorten(name)}")
+    many = len(done.left_out) > MANY
     for name in done.left_out:
-        out.say(f"left out: {shorten(name)}")
+        (out.detail if many else out.say)(f"left out: {shorten(name)}")
+    if many:
+        out.say(f"left out: {plural(len(done.left_out), 'tensor')} (-v lists them)")
     out.say(f"{plural(len(done.renamed), 'tensor')} renamed, {done.kept:,} kept")
     out.line(printable(done.path))
     out.document(

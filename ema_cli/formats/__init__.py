@@ -7,6 +7,7 @@ each tensor of an output will lie, and which bytes seal it once the data is ther
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -208,7 +209,8 @@ def read_as(name: str, path: str, known: Known, key: str = "") -> Checkpoint:
             "but one model",
             "leave out --key",
         )
-    return row.read(path, known, key)
+    checkpoint = row.read(path, known, key)
+    return dataclasses.replace(checkpoint, key=key) if key else checkpoint
 
 
 def _unreadable(path: str) -> InputError:

@@ -122,12 +122,16 @@ def _index(path: str, archive: Archive, raw: Sequence[bytes]) -> Index:
     orders = {one.big_endian for one in headers if one.dtype.bits > 8 and 0 not in one.shape}
     own: dict[str, Stored] = {}
     tensors: list[Tensor] = []
+    records: list[Extent] = []
     spilled = 0
     for name, member, header in zip(names, archive.members, headers, strict=True):
         odd = header.big_endian and len(orders) > 1
         swap = swap_width(header.dtype.name) if odd else 0
         tensor = _tensor(path, name, member, header)
-        if tensor.extent.nbytes and (swap or member.method == zips.DEFLATED):
+        deflated = member.method == zips.DEFLATED
+        if tensor.extent.nbytes and not deflated:
+            records.append(tensor.extent)
+        if tensor.extent.nbytes and (swap or deflated):
             tensor = tensor._replace(extent=Extent(_SPILLED, spilled, tensor.extent.nbytes))
             spilled += tensor.extent.nbytes
         tensors.append(tensor)
@@ -140,7 +144,7 @@ def _index(path: str, archive: Archive, raw: Sequence[bytes]) -> Index:
         ("", "") if spilled else ("",),
         big_endian=orders == {True},
         own=own,
-        records=tuple(t.extent for t in tensors if t.extent.nbytes and not t.extent.file),
+        records=tuple(records),
         checksum=CRC32,
     )
 
@@ -264,12 +268,14 @@ def can_name(name: str) -> bool:
 def template(last: Checkpoint, averaged: Sequence[Tensor], unknown: str) -> Draft | None:
     """Return a copy of the file of `last` with new bytes for what is averaged.
 
-    None where that is not stored as it is: deflated, or in another byte order than the rest.
+    None where that is not stored in the byte order of the rest, or anything is deflated: what is
+    copied as it is would not be verified.
     """
     del unknown  # there is nothing but arrays
     index, file = last.index, last.files[0]
     names = dict.fromkeys(tensor.name for tensor in averaged if tensor.nbytes)
-    if any(index.by_name[name].extent.file == _SPILLED for name in names):
+    deflated = sum(1 for tensor in index.tensors if tensor.nbytes) > len(index.records)
+    if deflated or any(index.by_name[name].extent.file == _SPILLED for name in names):
         return None
     stored = [_stored(index)[name] for name in names]
     return Draft(

@@ -34,6 +34,7 @@ STRICTER = (
     "must map strings to strings",
     "begin with '{'",
     "lone surrogate",
+    "expected a list of integers",
     "at least 8 bytes",
 )
 

@@ -270,6 +270,23 @@ def test_strings_and_attributes_come_along(tmp_path: Path) -> None:
         assert file["g/fixed"][()].tolist() == [b"ab", b"c"]
 
 
+def test_texts_of_other_encodings_come_along(tmp_path: Path) -> None:
+    """Names of layers and weights are bytes, whatever their encoding."""
+
+    def fill(file: h5py.File) -> None:
+        group = file.create_group("layers/vars")
+        group["0"] = np.float32(1)
+        group.attrs["name"] = np.array(b"bad\xff", "S4")
+        group.attrs["weight_names"] = np.array([b"0", b"\xfe"], "S1")
+
+    last = keras_files.read(keras_files.make(tmp_path / "x.h5", fill))
+    data = keras_files.payload(last, tmp_path)
+    _, found = written(keras_files.copies(last), last, tmp_path / "out.h5", data)
+    [groups, others] = [c.index.own.structure.groups for c in (found, last)]
+    assert groups["layers/vars"]["name"] == others["layers/vars"]["name"] == ("bad\udcff",)
+    assert groups["layers/vars"]["weight_names"] == ("0",)
+
+
 def test_packed_tensors_become_plain_ones(tmp_path: Path) -> None:
     """Chunks and filters are not taken over."""
 
@@ -467,7 +484,8 @@ def test_bfloat16_is_written_as_keras_writes_it(tmp_path: Path) -> None:
     written(keras_files.copies(last), last, tmp_path / "out.weights.h5", data)
     assert attributes(tmp_path / "out.weights.h5") == attributes(path)
     with h5py.File(tmp_path / "out.weights.h5") as file:
-        values = np.array(file["layers/dense/vars/0"], dtype=ml_dtypes.bfloat16)
+        values = file["layers/dense/vars/0"][()].view(ml_dtypes.bfloat16)
+        assert np.isfinite(values.astype("f4")).all()
         assert values.tobytes() == data["layers/dense/vars/0"]
 
 

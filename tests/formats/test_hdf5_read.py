@@ -408,6 +408,15 @@ def test_an_archive_that_lacks_something_is_refused(
         keras_files.read(keras_files.put(tmp_path / "x.keras", data))
 
 
+def test_what_is_no_hdf5_file_is_not_inflated(tmp_path: Path) -> None:
+    """A megabyte may stand for a gigabyte: the first bytes tell that it is none."""
+    also = {"model.weights.h5": bytes(64 << 20)}
+    data = rezipped(keras_files.MODEL_KERAS, zipfile.ZIP_DEFLATED, "model.weights.h5", also)
+    path = keras_files.put(tmp_path / "x.keras", data)
+    with pytest.raises(DamagedFile, match="expected an HDF5 file"):
+        keras_files.read(path)
+
+
 def test_spilling_from_an_archive_checks_its_crc(tmp_path: Path) -> None:
     """A flipped byte in a chunk, which HDF5 does not notice, is noticed."""
 

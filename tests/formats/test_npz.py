@@ -206,7 +206,8 @@ def test_byte_orders(tmp_path: Path) -> None:
     checkpoint = npz.read(saved(tmp_path / "b.npz", mixed), {})
     assert (checkpoint.index.big_endian, checkpoint.files[1].size) == (False, 12)
     assert {t.name for t in checkpoint.index.tensors if t.extent.file} == {"a"}
-    assert len(checkpoint.index.records) == 2
+    assert len(checkpoint.index.records) == 3
+    verify(checkpoint, (tmp_path / "b.npz").read_bytes())
     empty = {"a": np.zeros(0, ">f8"), "c": np.arange(3, dtype="<f4")}
     assert not npz.read(saved(tmp_path / "c.npz", empty), {}).index.big_endian
 
@@ -220,6 +221,13 @@ def test_fortran_order(tmp_path: Path) -> None:
     assert strides["(2, 3, 4)"] == (1, 2, 6)
     assert (strides["(4, 1, 3)"][0], strides["(4, 1, 3)"][2]) == (1, 4)
     assert {name for name, found in strides.items() if found} == {"(2, 3, 4)", "(4, 1, 3)"}
+
+
+@pytest.mark.parametrize("shape", ["(6,)", "(1, 6, 1)", "(6, 1)"])
+def test_fortran_order_that_is_c_order(tmp_path: Path, shape: str) -> None:
+    """NumPy does not say so, but others may."""
+    raw = of_header(header(order="True", shape=shape))
+    assert read_bytes(tmp_path / "a.npz", raw).index.tensors[0].strides == ()
 
 
 def test_checkpoints_of_a_run_share_an_index(tmp_path: Path) -> None:
@@ -586,10 +594,11 @@ def test_a_template_is_a_copy_with_new_bytes(tmp_path: Path) -> None:
 
 
 def test_a_template_where_it_can_be(tmp_path: Path) -> None:
-    """What is averaged has to be stored as it is; the rest may be deflated."""
+    """What is averaged has to be stored as it is, and nothing deflated."""
     arrays = {"a": np.arange(3, dtype="<f4"), "b": np.arange(3, dtype=">f4")}
     last = npz.read(saved(tmp_path / "a.npz", arrays, compressed=True), {})
     assert npz.template(last, last.index.tensors, "refuse") is None
+    assert npz.template(last, [], "refuse") is None
     last = npz.read(saved(tmp_path / "b.npz", arrays), {})
     a, b = (last.index.by_name[name] for name in "ab")
     assert npz.template(last, [a, b], "refuse") is None

@@ -105,6 +105,8 @@ def _opened(fd: int, file: Stamp) -> Iterator[_Opened]:
         out = temporary.fileno()
 
         def write(piece: memoryview) -> None:
+            if not os.fstat(out).st_size and not reading.sniff(piece):  # before it inflates more
+                raise DamagedFile(path, f"member {WEIGHTS}: expected an HDF5 file")
             with storage_errors(tempfile.gettempdir(), f"cannot inflate {WEIGHTS}"):
                 temporary.write(piece)
 

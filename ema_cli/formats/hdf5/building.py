@@ -38,15 +38,19 @@ _BYTES = np.dtype("O", metadata={"vlen": bytes})
 
 
 class Built:
-    """A new file: where its datasets lie, and all its other bytes."""
+    """A new file: where its datasets lie, and all its other bytes.
+
+    Attributes:
+        sheet: the file, without the tensors' bytes.
+    """
 
     def __init__(self, request: Mapping[str, Any], source: Any) -> None:
         self._source = source
-        self._sheet = Sheet()
+        self.sheet = Sheet()
         self._notes: list[str] = []
         self._links = h5p.create(h5p.LINK_CREATE)
         self._links.set_create_intermediate_group(True)
-        file = library.new_file(self._sheet)
+        file = library.new_file(self.sheet)
         self._file = h5g.open(file, b"/")
         self._groups(request["groups"])
         rows = request["datasets"]
@@ -65,7 +69,7 @@ class Built:
     def document(self) -> dict[str, Any]:
         """Return the document that tells of the file, without its bytes."""
         return {
-            "nbytes": self._sheet.nbytes,
+            "nbytes": self.sheet.nbytes,
             "offsets": [offset for offset, _ in self._offsets],
             "literals": [[offset, len(data)] for offset, data in self.literals()],
             "notes": self._notes,
@@ -73,7 +77,7 @@ class Built:
 
     def literals(self) -> Iterator[tuple[int, bytes]]:
         """Yield (offset, bytes) of all but the tensors."""
-        return self._sheet.outside(self._offsets)
+        return self.sheet.outside(self._offsets)
 
     # ------------------------------------------------------------------------ groups
 
@@ -88,7 +92,7 @@ class Built:
                 else:
                     _set_list(group, name, value)
             if like is not None and self._source is not None:
-                source = _group_at(self._source, like)
+                source = library.object_at(self._source, like)
                 self._copied(path, copy_attributes(source, group, _LISTS))
 
     def _copied(self, path: str, failed: Sequence[str]) -> None:
@@ -150,13 +154,6 @@ def _placed(dataset: Any) -> tuple[int, int]:
     return dataset.get_offset(), dataset.get_storage_size()
 
 
-def _group_at(file: Any, path: str) -> Any:
-    group = h5g.open(file, b"/")
-    for name in path.split("/") if path else ():
-        group = library.child_of(group, name)
-    return group
-
-
 def _raw(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
@@ -169,7 +166,7 @@ def _kind(dtype: str, big: bool) -> Any:
 
 
 def _set_text(holder: Any, name: str, value: str) -> None:
-    _set(holder, name, np.array(value, _TEXT))
+    _set(holder, name, np.array(_raw(value), _TEXT))
 
 
 def _set_list(holder: Any, name: str, values: Sequence[str]) -> None:

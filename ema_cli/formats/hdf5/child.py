@@ -7,16 +7,19 @@ descriptors, and tells what it found as plain data, which the other side checks 
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import gc
 import os
 import socket
 from typing import Any
 
 from ema_cli.formats.hdf5 import boxes, building, library, listing, messages, sandbox
-from ema_cli.formats.hdf5.windows import Window
+from ema_cli.formats.hdf5.windows import Sheet, Window
 
 # For what comes between two requests.
 _IDLE_SECONDS, _IDLE_BYTES = 60, 1 << 30
+_FILES = 1
 
 
 def main(fd: int) -> None:
@@ -27,7 +30,7 @@ def main(fd: int) -> None:
     try:
         messages.send(connection, {"library": library.version(), "confined": confined}, [])
         while True:
-            raw, fds = messages.receive(connection)
+            raw, fds = messages.receive_with_files(connection, _FILES)
             try:
                 _answer(connection, messages.decode(raw), fds)
             finally:
@@ -41,8 +44,19 @@ def main(fd: int) -> None:
 
 def _warm_up() -> None:
     """Use what is imported on first use, while files can still be opened."""
-    request = {"groups": [["a", None, {"name": "b"}]], "datasets": [], "strings": [], "big": False}
-    building.Built(request, None).document()
+    for encoding in ("ascii", "utf-8", "latin-1"):
+        codecs.lookup(encoding)
+    groups: list[Any] = [["a", None, {"name": "b", "weight_names": ["c"]}]]
+    request = {"groups": groups, "datasets": [["a/x", "float32", [2], None]], "strings": []}
+    first = building.Built({**request, "big": False}, None)
+    file = library.open_file(first.sheet)
+    listing.listed(file)
+    list(boxes.read_boxes(file, "a/x", [([0], [2])]))
+    groups[0][1] = "a"
+    building.Built({**request, "big": True}, file).document()
+    file.close()
+    with contextlib.suppress(OSError):
+        library.open_file(Sheet())
     gc.collect()
     gc.freeze()
     gc.disable()  # thousands of short-lived objects, all of them needed until the answer is sent
@@ -85,7 +99,7 @@ def _list(connection: socket.socket, request: dict[str, Any], fds: list[int]) ->
         document = listing.listed(file)
     finally:
         file.close()
-    messages.send(connection, document, [])
+    messages.send(connection, document, [], request["limit"])
 
 
 def _read(connection: socket.socket, request: dict[str, Any], fds: list[int]) -> None:
@@ -105,6 +119,6 @@ def _build(connection: socket.socket, request: dict[str, Any], fds: list[int]) -
         source.close()
     document = built.document()
     total = sum(n_bytes for _, n_bytes in document["literals"])
-    messages.send(connection, {**document, messages.PAYLOAD: total}, [])
+    messages.send(connection, {**document, messages.PAYLOAD: total}, [], request["limit"])
     for _, data in built.literals():
         connection.sendall(data)

@@ -27,13 +27,15 @@ from ema_cli.text import shorten
 # Silence for so long means that no answer will come.
 PATIENCE_SECONDS = 600.0
 # Of computing: what a file of this size may take, ten times what good ones take.
-_LISTED_PER_SECOND, _LONGEST_LISTING = 1 << 20, 240
+_LEAST_SECONDS, _LISTED_PER_SECOND, _LONGEST_LISTING = 0.5, 256 << 10, 240.0
 # And what it may take to hold, at least, at most, and for each byte of a file or for each object.
 _LEAST_MEMORY, _MOST_MEMORY, _PER_BYTE, _PER_OBJECT = 64 << 20, 1 << 30, 16, 4096
 _BYTES_PER_SECOND = 4 << 20
 _BUILT_PER_SECOND = 500
 _FAREWELL_SECONDS = 5.0
 _LITERAL_LIMIT = 1 << 30
+# How long its answers may be: to tell a file takes less than it has.
+_SHORT, _LISTED_BYTES, _BUILT_BYTES = 1 << 20, 16, 256
 
 _HINT = "save it again as Keras does: without links, other files, plug-ins and exotic types"
 
@@ -89,7 +91,7 @@ class _Process:
         """Wait until it is ready. Raises `EmaError` when it cannot be started."""
         if self.greeting is None:
             try:
-                raw, _ = messages.receive(self.connection)
+                raw = messages.receive(self.connection, _SHORT)
                 self.greeting = messages.decode(raw)
             except (Closed, OSError):
                 raise EmaError(
@@ -173,9 +175,9 @@ def pid() -> int | None:
     return None if _current is None else _current.pid
 
 
-def _received(connection: socket.socket, path: str) -> tuple[dict[str, Any], bytes]:
+def _received(connection: socket.socket, path: str, limit: int = 0) -> tuple[dict[str, Any], bytes]:
     """Return the next document, and its JSON. Raises `InputError` for a refusal."""
-    raw, _ = messages.receive(connection)
+    raw = messages.receive(connection, max(limit, _SHORT))
     document = messages.decode(raw)
     if "damaged" in document:
         raise DamagedFile(path, shorten(str(document["damaged"])))
@@ -185,9 +187,9 @@ def _received(connection: socket.socket, path: str) -> tuple[dict[str, Any], byt
     return document, raw
 
 
-def _seconds(window: Window) -> int:
+def _seconds(window: Window) -> float:
     """Return how long it may take to list a file: a small one that takes long does not end."""
-    return min(1 + window.nbytes // _LISTED_PER_SECOND, _LONGEST_LISTING)
+    return min(_LEAST_SECONDS + window.nbytes / _LISTED_PER_SECOND, _LONGEST_LISTING)
 
 
 def _memory(n_bytes: int) -> int:
@@ -196,14 +198,15 @@ def _memory(n_bytes: int) -> int:
 
 def list_file(fd: int, path: str, window: Window) -> tuple[dict[str, Any], bytes]:
     """Return what an HDF5 file holds, unchecked, and the same as JSON. Raises `InputError`."""
-    request = {
+    request: dict[str, Any] = {
         "do": "list",
         "window": window,
         "seconds": _seconds(window),
         "memory": _memory(window.nbytes * _PER_BYTE),
+        "limit": min(_SHORT + window.nbytes * _LISTED_BYTES, messages.DOCUMENT_LIMIT),
     }
     with _asked(path, request, [fd]) as connection:
-        return _received(connection, path)
+        return _received(connection, path, request["limit"])
 
 
 def read_boxes(
@@ -260,9 +263,10 @@ def build(path: str, request: Mapping[str, Any], source: tuple[int, Window] | No
     objects = len(request["datasets"]) + len(request["groups"])
     seconds = 1 + objects // _BUILT_PER_SECOND + (_seconds(window) if window else 0)
     memory = _memory(objects * _PER_OBJECT + (window.nbytes if window else 0) * _PER_BYTE)
-    request = {**request, "do": "build", "window": window, "seconds": seconds, "memory": memory}
-    with _asked(path, request, fds) as connection:
-        document, _ = _received(connection, path)
+    limit = _SHORT + objects * _BUILT_BYTES
+    bounds = {"seconds": seconds, "memory": memory, "limit": limit}
+    with _asked(path, {**request, **bounds, "do": "build", "window": window}, fds) as connection:
+        document, _ = _received(connection, path, limit)
         try:
             pairs = [(int(offset), int(nbytes)) for offset, nbytes in document["literals"]]
             nbytes = int(document["nbytes"])

@@ -37,6 +37,7 @@ __all__ = [
     "members",
     "memory_type",
     "new_file",
+    "object_at",
     "open_file",
     "storage",
     "texts",
@@ -75,7 +76,7 @@ def _access(file: Window | Sheet) -> Any:
     return access
 
 
-def open_file(file: Window) -> Any:
+def open_file(file: Window | Sheet) -> Any:
     """Return the open HDF5 file."""
     return h5f.open(b"input", h5f.ACC_RDONLY, fapl=_access(file))
 
@@ -129,15 +130,20 @@ def child_of(group: Any, name: str) -> Any:
     return h5o.open(group, name.encode("utf-8", "surrogateescape"))
 
 
+def object_at(file: Any, path: str) -> Any:
+    """Return the open object at a path whose links are all hard ones."""
+    found = h5g.open(file, b"/")
+    for name in path.split("/") if path else ():
+        raw = name.encode("utf-8", "surrogateescape")
+        if not isinstance(found, h5g.GroupID) or found.links.get_info(raw).type != h5l.TYPE_HARD:
+            raise Refused("expected groups and hard links", path)
+        found = h5o.open(found, raw)
+    return found
+
+
 def dataset_at(file: Any, path: str) -> Any:
     """Return the open dataset at a path whose links are all hard ones."""
-    found = file
-    for name in path.split("/"):
-        raw = name.encode("utf-8", "surrogateescape")
-        group = found if isinstance(found, h5g.GroupID) else h5g.open(found, b"/")
-        if group.links.get_info(raw).type != h5l.TYPE_HARD:
-            raise Refused("expected hard links only", path)
-        found = h5o.open(group, raw)
+    found = object_at(file, path)
     if not isinstance(found, h5d.DatasetID):
         raise Refused("expected a dataset", path)
     return found

@@ -13,7 +13,6 @@ from typing import Any
 PAYLOAD = "payload"
 DOCUMENT_LIMIT = 64 << 20
 _LENGTH_BYTES = 4
-_FDS = 2
 
 
 class Closed(Exception):
@@ -21,14 +20,19 @@ class Closed(Exception):
 
 
 class TooLong(Exception):
-    """A document is longer than is ever sent."""
+    """A document is longer than it may be."""
 
 
-def send(connection: socket.socket, document: Mapping[str, Any], fds: list[int]) -> None:
+def send(
+    connection: socket.socket,
+    document: Mapping[str, Any],
+    fds: list[int],
+    limit: int = DOCUMENT_LIMIT,
+) -> None:
     """Send a document, and open files with it. Raises `OSError`, `TooLong`."""
     raw = json.dumps(document).encode("ascii")
-    if len(raw) > DOCUMENT_LIMIT:
-        raise TooLong(f"what it holds takes more than {DOCUMENT_LIMIT:,} bytes to tell")
+    if len(raw) > limit:
+        raise TooLong(f"what it holds takes more than {limit:,} bytes to tell")
     head = len(raw).to_bytes(_LENGTH_BYTES, "little")
     if fds:
         socket.send_fds(connection, [head], fds)
@@ -37,20 +41,31 @@ def send(connection: socket.socket, document: Mapping[str, Any], fds: list[int])
     connection.sendall(raw)
 
 
-def receive(connection: socket.socket) -> tuple[bytes, list[int]]:
-    """Return the next document as JSON, and the files that came with it. Raises `Closed`."""
-    head, fds, _, _ = socket.recv_fds(connection, _LENGTH_BYTES, _FDS)
-    raw = bytearray(_LENGTH_BYTES)
-    raw[: len(head)] = head
-    if not head:
+def receive(connection: socket.socket, limit: int = DOCUMENT_LIMIT) -> bytes:
+    """Return the next document as JSON. Raises `Closed`."""
+    head = bytearray(_LENGTH_BYTES)
+    fill(connection, memoryview(head))
+    return _rest(connection, head, limit)
+
+
+def receive_with_files(connection: socket.socket, most: int) -> tuple[bytes, list[int]]:
+    """Return the next document as JSON, and at most so many files that come with it."""
+    first, fds, _, _ = socket.recv_fds(connection, _LENGTH_BYTES, most)
+    if not first:
         raise Closed
-    fill(connection, memoryview(raw)[len(head) :])
-    n_bytes = int.from_bytes(raw, "little")
-    if n_bytes > DOCUMENT_LIMIT:
+    head = bytearray(_LENGTH_BYTES)
+    head[: len(first)] = first
+    fill(connection, memoryview(head)[len(first) :])
+    return _rest(connection, head, DOCUMENT_LIMIT), fds
+
+
+def _rest(connection: socket.socket, head: bytearray, limit: int) -> bytes:
+    n_bytes = int.from_bytes(head, "little")
+    if n_bytes > limit:
         raise Closed
     document = bytearray(n_bytes)
     fill(connection, memoryview(document))
-    return bytes(document), fds
+    return bytes(document)
 
 
 def decode(raw: bytes) -> dict[str, Any]:

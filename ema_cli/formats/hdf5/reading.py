@@ -128,6 +128,11 @@ def listed(source: Source, known: Known) -> Structure:
     return structure
 
 
+def sniff(start: memoryview) -> bool:
+    """Whether a file that begins with these bytes may be an HDF5 file."""
+    return any(start[at : at + len(_SIGNATURE)] == _SIGNATURE for at in _SIGNATURE_AT)
+
+
 def check_signature(source: Source) -> None:
     """Raise `DamagedFile` unless HDF5's signature stands where it may."""
     _, path, (offset, nbytes) = source

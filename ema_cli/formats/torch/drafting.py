@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from ema_cli.blueprint import COPY, Draft, Entry, File, Layout, Patch
+from ema_cli.blueprint import Draft, Entry, File, Layout, Patch
 from ema_cli.errors import UnsupportedInput
-from ema_cli.formats.torch import models, storing
+from ema_cli.formats.torch import rewriting, storing
 from ema_cli.formats.torch.encoding import plain
-from ema_cli.formats.torch.indexing import NAME, Contents, Own, tensors_of
-from ema_cli.formats.torch.nodes import Global, Opaque, Ordered, TensorRef
+from ema_cli.formats.torch.indexing import NAME, Contents, Own
+from ema_cli.formats.torch.nodes import Global, Ordered, TensorRef
 from ema_cli.formats.torch.policy import judge
-from ema_cli.formats.torch.reading import contents_of
+from ema_cli.formats.torch.reading import contents_of, uncollected
 from ema_cli.formats.torch.survey import Survey, everything, where
 from ema_cli.tensors import Checkpoint, DType, Extent, Tensor
-from ema_cli.text import encodable, plural, shorten
+from ema_cli.text import encodable, shorten
 
 REFUSE, KEEP, DROP = "refuse", "keep", "drop"
 
@@ -45,6 +44,7 @@ def seal(layout: Layout, crc_of: Mapping[Extent, int]) -> list[Patch]:
 # ---------------------------------------------------------------------------- copies
 
 
+@uncollected()
 def template(last: Checkpoint, averaged: Sequence[Tensor], unknown: str) -> Draft | None:
     """Return the file of `last` with other storages, or None for one in the stream format.
 
@@ -61,7 +61,7 @@ def template(last: Checkpoint, averaged: Sequence[Tensor], unknown: str) -> Draf
         return None
     verdict = judge(contents.globals)
     if verdict.unknown and unknown == DROP:
-        return _rewritten(last, contents, averaged)
+        return rewriting.rewritten(last, contents, averaged)
     if verdict.unknown and unknown != KEEP:
         raise _refusal(last.path, contents.root, verdict.unknown)
     others = (*verdict.unknown, *verdict.inert)
@@ -103,77 +103,17 @@ def _refusal(path: str, root: object, unknown: Sequence[Global]) -> UnsupportedI
     ]
     more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
     return UnsupportedInput(
-        f"{shorten(path, 1000)}: its pickle calls {plural(len(unknown), 'name')} that are neither "
-        f"PyTorch's nor known plain data: {', '.join(shown)}{more}",
+        f"{shorten(path, 1000)}: its pickle calls names that are neither PyTorch's nor known plain "
+        f"data: {', '.join(shown)}{more}",
         "drop them with --unknown drop (the tensors and plain data stay), or pass them on as they "
         "are with --unknown keep",
     )
 
 
-# ---------------------------------------------------------------------------- rewriting
-
-
-def _rewritten(last: Checkpoint, contents: Contents, averaged: Sequence[Tensor]) -> Draft:
-    """Return a new file with the tensors and plain data of `last`; objects are left out."""
-    path = last.path
-    model = last.index.own.model if isinstance(last.index.own, Own) else ()
-    root, dropped = plain(_opened(Survey(path, contents.root), model))
-    survey = Survey(path, root)
-    named = models.named(survey, model)
-    names = {id(one.node): one.name for one in reversed(named)}
-    sources = {tensor.name: tensor for tensor in tensors_of(path, contents, named)}
-    refs = [node for node in everything(root) if isinstance(node, TensorRef)]
-    if not all(names.get(id(ref)) in sources for ref in refs) or not all(
-        tensor.name in sources for tensor in averaged
-    ):
-        raise UnsupportedInput(
-            f"{shorten(path, 1000)}: it holds tensors that are negated, conjugated, or inside of "
-            "objects, which cannot be written without these",
-            "pass it on as it is with --unknown keep",
-        )
-    items = [
-        storing.item_of(*sources[names[id(ref)]][:3], sources[names[id(ref)]], COPY) for ref in refs
-    ]
-    for ref, new in zip(refs, storing.refs_of(items).values(), strict=True):
-        ref.storage, ref.offset, ref.strides = new.storage, new.offset, new.strides
-    made = storing.lay_out("", root, items, big_endian=contents.big_endian)
-    # A tensor that stands in several places has as many names.
-    places = {t.name: made.places[names[id(t.node)]]._replace(name=t.name) for t in named}
-    some = ", ".join(shorten(one) for one in dropped[:_SHOWN])
-    more = f" and {len(dropped) - _SHOWN} more" if len(dropped) > _SHOWN else ""
-    note = f"left out, since it is no plain data: {some}{more}"
-    return Draft([made.file], places, tuple(made.crc_at), made.crc_at, (note,) if dropped else ())
-
-
-def _opened(survey: Survey, model: tuple[str, ...]) -> object:
-    """Return the root with what an object holds of the model in dicts instead."""
-    inside = survey.at(model)
-    found = list(survey.tensors(inside))
-    if any(isinstance(node, Opaque) for node in survey.passed(inside)):
-        inside = Ordered((".".join(one.path), one.node) for one in found if one.listed)
-    return _replaced(survey, survey.root, model, inside)
-
-
-def _replaced(survey: Survey, node: Any, path: tuple[str, ...], new: object) -> object:
-    """Return a copy of `node` with `new` at a path."""
-    if not path:
-        return new
-    links = {link.name: link.node for link in survey.links(node)}
-    old, made = links[path[0]], _replaced(survey, links[path[0]], path[1:], new)
-    if made is old:
-        return node
-    if isinstance(node, Opaque):
-        return {**links, path[0]: made}
-    if isinstance(node, dict):
-        copy = Ordered(node, node.attributes) if isinstance(node, Ordered) else dict(node)
-        copy.update({key: made for key, value in node.items() if value is old})
-        return copy
-    return [made if one is old else one for one in node]
-
-
 # ---------------------------------------------------------------------------- new files
 
 
+@uncollected()
 def fresh(entries: Sequence[Entry], last: Checkpoint) -> Draft:
     """Return a state_dict of the entries, which share storages where their sources do.
 

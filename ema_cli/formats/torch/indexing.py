@@ -97,7 +97,9 @@ def checkpoint_of(file: Stamp, contents: Contents, known: Known, key: str) -> Ch
 def _model(survey: Survey, known: Known, key: str) -> tuple[str, ...]:
     alike = known.get(SAME_STRUCTURE)
     if alike is not None and not key and isinstance(alike.own, Own):
-        key = "/".join(alike.own.model) or "/"
+        path = alike.own.model
+        if survey.at(path) is not None:
+            return path
     return models.find(survey, key)
 
 

@@ -44,7 +44,7 @@ def read(path: str, known: Known, key: str = "") -> Checkpoint:
     fd = open_input(path)
     try:
         file = stamp(fd, path)
-        with _uncollected():
+        with uncollected():
             return checkpoint_of(file, _contents(fd, file), known, key)
     finally:
         os.close(fd)
@@ -54,14 +54,14 @@ def contents_of(file: Stamp) -> Contents:
     """Return what a file holds that was read before; raises `InputChanged` if it changed."""
     fd = open_unchanged(file)
     try:
-        with _uncollected():
+        with uncollected():
             return _contents(fd, file)
     finally:
         os.close(fd)
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """Keep Python from looking for garbage: among 20,000 tensors that takes as long as reading."""
     enabled = gc.isenabled()
     gc.disable()

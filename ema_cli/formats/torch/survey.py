@@ -98,10 +98,10 @@ class Survey:
         return self._links.get(id(node), [])
 
     def at(self, path: Sequence[str]) -> Any:
-        """Return what is at a path from the root."""
+        """Return what is at a path from the root and leads to tensors, or None."""
         node: Any = self.root
         for name in path:
-            node = next(link.node for link in self.links(node) if link.name == name)
+            node = next((link.node for link in self.links(node) if link.name == name), None)
         return node
 
     def passed(self, node: object) -> Iterator[Any]:
@@ -239,17 +239,19 @@ def _parts(node: Any) -> Sequence[Any]:
 
 
 def where(root: object, names: set[Global]) -> dict[Global, str]:
-    """Return for each name a path to the first object that is made by it, for people."""
+    """Return for each name a path to where it stands first, or what it makes, for people."""
     found: dict[Global, str] = {}
     seen: set[int] = set()
     waiting: list[tuple[Any, _Steps]] = [(root, None)]
     while waiting and len(found) < len(names):
         node, steps = waiting.pop()
+        if isinstance(node, Global):
+            if node in names:
+                found.setdefault(node, _path(steps))
+            continue
         if id(node) in seen or not isinstance(node, _WITH_PARTS):
             continue
         seen.add(id(node))
-        if isinstance(node, Opaque) and node.callable in names:
-            found.setdefault(node.callable, _path(steps))
         waiting.extend(reversed([(part, (name, steps)) for name, part in _named_parts(node)]))
     return found
 
