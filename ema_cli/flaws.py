@@ -67,13 +67,17 @@ def _has(tensor: Tensor, distance: int) -> bool:
 def _locate(plan: Plan, piece: Piece, source: Source, element: int) -> tuple[Checkpoint, Tensor]:
     """Return the checkpoint and the tensor that an element of a piece belongs to."""
     offset = _offset(piece, source, element)
+    around: list[tuple[Checkpoint, Tensor]] = []
     for k, first in enumerate(plan.first_input):
         checkpoint = plan.run.checkpoints[k]
         if first < 0 or not first <= source.file < first + len(checkpoint.files):
             continue
         for tensor in checkpoint.index.tensors:
             for file, start, n_bytes in tensor.extents:
-                inside = first + file == source.file and start <= offset < start + n_bytes
-                if inside and _has(tensor, offset - start):
-                    return checkpoint, tensor
+                if first + file == source.file and start <= offset < start + n_bytes:
+                    if _has(tensor, offset - start):
+                        return checkpoint, tensor
+                    around.append((checkpoint, tensor))
+    if around:  # views whose strides do not nest: one of them
+        return around[0]
     raise LookupError(f"byte {offset} of input {source.file}")

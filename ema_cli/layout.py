@@ -244,8 +244,16 @@ def _with_ties(draft: Draft, entries: Sequence[Entry], index: Index) -> Draft:
 def _fresh(entries: Sequence[Entry], last: Checkpoint, chosen: str, wishes: Wishes) -> Draft:
     row = FORMATS[chosen]
     naming.check_distinct(((entry.name, entry.source) for entry in entries), row.can_name)
+    place = {name: k for k, name in enumerate(last.index.listed)}
+    entries = sorted(entries, key=lambda entry: place.get(entry.source, len(place)))
     for entry in entries:
         source = last.index.by_name[entry.source]
+        if source.name in last.index.negated:
+            raise UnsupportedInput(
+                f"{shorten(last.path, 1000)}: tensor '{shorten(source.name)}': what is stored is "
+                "its negative, which only a copy of the file's structure can say",
+                "save it again as tensor.resolve_neg(), or keep the format and the names",
+            )
         if source.nbytes - source.extent.nbytes > EXPANSION_LIMIT and not source.slices:
             raise UnsupportedInput(
                 f"{shorten(last.path, 1000)}: tensor '{shorten(source.name)}' shows "
@@ -273,7 +281,7 @@ def lay_out_entries(
         naming.check_distinct(((entry.name, entry.source) for entry in entries), row.can_name)
         draft = row.renamed(entries, source)
     else:
-        draft = _fresh(entries, source, chosen, wishes)
+        draft = _with_ties(_fresh(entries, source, chosen, wishes), entries, source.index)
     return Layout(
         output_path(path, chosen, source.step),
         chosen,

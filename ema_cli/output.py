@@ -106,9 +106,12 @@ class Unpublished:
         """
         row = FORMATS[self.layout.format]
         if row.seal is not None:
+            patches: dict[int, list[Patch]] = defaultdict(list)
             for patch in row.seal(self.layout, self._sums(executor, row.checksum)):
-                self._write(self.paths[patch.file], patch)
-                self._summed.pop(patch.file, None)
+                patches[patch.file].append(patch)
+            for ordinal, mine in patches.items():
+                self._write(self.paths[ordinal], mine)
+                self._summed.pop(ordinal, None)
         sums = [self._checksums(executor, ordinal) for ordinal in range(len(self.paths))]
         self._check_index()
         for path in self.paths:
@@ -121,13 +124,14 @@ class Unpublished:
             durable.sync(self._lock, self.root)
         return [(os.path.getsize(path), some) for path, some in zip(self.paths, sums, strict=True)]
 
-    def _write(self, path: str, patch: Patch) -> None:
+    def _write(self, path: str, patches: Sequence[Patch]) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            durable.write_exact(fd, patch.data, patch.offset, path)
-            if patch.whole:
-                with storage_errors(path, "cannot write"):
-                    os.ftruncate(fd, patch.offset + len(patch.data))
+            for patch in patches:
+                durable.write_exact(fd, patch.data, patch.offset, path)
+                if patch.whole:
+                    with storage_errors(path, "cannot write"):
+                        os.ftruncate(fd, patch.offset + len(patch.data))
         finally:
             os.close(fd)
 

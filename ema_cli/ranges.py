@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ema_cli import regions
 from ema_cli.blueprint import AVERAGE, BIASED, COPY, Entry, Layout
-from ema_cli.errors import UnsupportedInput
+from ema_cli.errors import Disagreement, UnsupportedInput
 from ema_cli.files import stamp_of
 from ema_cli.regions import Grid, Regions
 from ema_cli.tensors import DTYPES, Checkpoint, Extent, Index, Stamp, Tensor, swap_width
@@ -139,6 +139,45 @@ def averaged_ranges(
             found.append(new)
             elements.append(new.elements)
     return [one._replace(elements=n) for one, n in zip(found, elements, strict=True)]
+
+
+def check_shared(
+    tensors: Iterable[Tensor], indexes: Sequence[Index], destinations: Sequence[Destination]
+) -> None:
+    """Raise `Disagreement` where an output has one place for what has several averages.
+
+    What shares bytes in an output must share them in every checkpoint, in the same way.
+    """
+    names = [tensor.name for tensor in tensors if tensor.nbytes and not tensor.slices]
+    for layout in (destination.layout for destination in destinations):
+        made = [layout.places[name] for name in names if layout.template and name in layout.places]
+        made.sort(key=lambda tensor: tensor.extent)
+        for first, second in _overlapping(made):
+            for index in indexes:
+                mine, other = index.by_name[first.name].extent, index.by_name[second.name].extent
+                apart = second.extent.offset - first.extent.offset
+                if (mine.file, mine.offset + apart) != other[:2]:
+                    raise Disagreement(
+                        f"tensors '{shorten(first.name)}' and '{shorten(second.name)}' share bytes "
+                        "in the last checkpoint but not in all others, so that they have two "
+                        "averages and one place",
+                        "leave those checkpoints out, or write another format: -o NAME.safetensors",
+                    )
+
+
+def _overlapping(made: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each tensor, in the order of their bytes, with one before that reaches into it."""
+    widest: Tensor | None = None
+    for tensor in made:
+        file, offset, n_bytes = tensor.extent
+        end = (file, offset + n_bytes)
+        if widest is not None:
+            reached = (widest.extent.file, widest.extent.offset + widest.extent.nbytes)
+            if reached > (file, offset):
+                yield widest, tensor
+            if end <= reached:
+                continue
+        widest = tensor
 
 
 def _stored_once(

@@ -13,7 +13,7 @@ import numpy as np
 
 from ema_cli import formats, gathering, regions, spilling
 from ema_cli.checksums import Running
-from ema_cli.errors import Disagreement
+from ema_cli.errors import Disagreement, UnsupportedInput
 from ema_cli.files import Handles, open_unchanged, read_exact
 from ema_cli.formats import safetensors
 from ema_cli.kernel import Array
@@ -60,6 +60,12 @@ class TensorReader:
         self._handles = Handles(lambda file: open_unchanged(checkpoint.files[file]), _OPEN_FILES)
 
     def __enter__(self) -> TensorReader:
+        if self._tensor.name in self._checkpoint.index.negated:
+            raise UnsupportedInput(
+                f"{shorten(self._checkpoint.path, 1000)}: tensor '{shorten(self._tensor.name)}': "
+                "what is stored is its negative",
+                "save it again as tensor.resolve_neg()",
+            )
         for extent in self._tensor.extents if self.elements else ():
             self._handles.fd(extent.file)  # a file that is gone or another is told now
         if self._shared:

@@ -60,6 +60,7 @@ def copied(outcome: Outcome) -> list[tuple[str, str]]:
     left_out = {name for name, _ in outcome.layout.left_out}
     rows = [(choice.tensor.name, choice.reason) for choice in outcome.selection.copied]
     rows += [(t.name, "optimizer state") for t in outcome.selection.optimizer]
+    rows += [(t.name, "beside the model") for t in outcome.selection.beside]
     return [row for row in rows if row[0] not in left_out]
 
 

@@ -33,6 +33,7 @@ class Renamed:
         replaced: variables whose place a shadow took.
         left_out: tensors that belong to a shadow and have no place in the copy.
         kept: how many tensors kept their names.
+        notes: what else is worth knowing about the copy.
     """
 
     path: str
@@ -40,6 +41,7 @@ class Renamed:
     replaced: tuple[str, ...]
     left_out: tuple[str, ...]
     kept: int
+    notes: tuple[str, ...] = ()
 
 
 def make(request: Request, towards: str | None) -> tuple[Plan, Layout, Renamed]:
@@ -60,11 +62,18 @@ def make(request: Request, towards: str | None) -> tuple[Plan, Layout, Renamed]:
         [(name, "belongs to a shadow") for name in left_out]
         + [(name, "beside the model") for name in beside],
     )
-    left_out += beside
+    left_out += [*beside, *(name for name, _ in layout.left_out if name not in left_out + beside)]
+    entries = list(layout.entries)
+    changed = tuple(pair for pair in changed if pair[0] not in left_out)
     if not changed and layout.format == checkpoint.index.format:
         raise _nothing(request, checkpoint, towards)
     renamed = Renamed(
-        layout.path, changed, tuple(replaced), tuple(left_out), len(entries) - len(changed)
+        layout.path,
+        changed,
+        tuple(replaced),
+        tuple(left_out),
+        len(entries) - len(changed),
+        layout.notes,
     )
     return _plan(request, checkpoint, layout), layout, renamed
 

@@ -113,7 +113,7 @@ def schedule(
     """Return the coefficients of `average` over checkpoints at `steps` called `names`.
 
     PyTorch forms 1 - decay in float64, TensorFlow in float32. Keras, which forms it in the dtype
-    of the variable, is given the decay itself and only shown these.
+    of the variable, is given the decay itself and these only tell where it copies.
 
     A window gives exactly what a run of only its checkpoints would give. Raises `Disagreement`
     when the steps do not fit the average, `UsageError` when the window is empty.
@@ -125,7 +125,7 @@ def schedule(
             f"average '{shorten(average.spec)}': its window holds no checkpoint; "
             f"the run has steps {steps[0]:,} to {steps[-1]:,}"
         )
-    if like == "torch" and isinstance(average.family, Ema):
+    if like != "tensorflow" and isinstance(average.family, Ema):
         values = [1.0] + [1 - average.family.decay] * (len(chosen) - 1)
     else:
         values = _coefficients(average, [steps[k] for k in chosen], [names[k] for k in chosen])

@@ -241,6 +241,12 @@ def _check_tensor(
 
 def _check_full_name(where: str, name: str, last: Index, other: Index) -> None:
     """Keras numbers the variables of an export in any order: one key, another variable."""
+    if (name in last.negated) != (name in other.negated):
+        raise Disagreement(
+            f"{where}: tensor '{shorten(name)}': its negative is stored in one checkpoint and not "
+            "in another",
+            "save it again as tensor.resolve_neg()",
+        )
     expected, found = last.full_names.get(name), other.full_names.get(name)
     if expected != found:
         raise Disagreement(

@@ -221,6 +221,8 @@ class Index:
         checksum: a key of `ema_cli.checksums.KINDS`: what those checksums are.
         cautions: what a plan has to warn of.
         lies_as: how the container itself calls tensors, where that differs.
+        listed: the names in the container's own order, where that is not the order of the bytes.
+        negated: tensors of which the negative is stored.
     """
 
     format: str
@@ -236,6 +238,8 @@ class Index:
     checksum: str = "crc32c"
     cautions: tuple[Caution, ...] = ()
     lies_as: Mapping[str, str] = field(default_factory=dict)
+    listed: tuple[str, ...] = ()
+    negated: frozenset[str] = frozenset()
 
     @functools.cached_property
     def by_name(self) -> Mapping[str, Tensor]:

@@ -187,7 +187,14 @@ def check_sums(
     for extent, crc in found.items():
         recorded = int(checkpoint.checksums[checkpoint.index.ordinals[extent]])
         if crc != recorded:
-            return _mismatch(checkpoint.files[extent.file].path, tensor.name, recorded, crc)
+            path, index = checkpoint.files[extent.file].path, checkpoint.index
+            inside = [t.name for t in index.tensors if extent in summed(index, t)]
+            if len(inside) > 1:  # the record does not tell which of them is damaged
+                shown = ", ".join(f"'{shorten(name)}'" for name in inside[:3])
+                more = "" if len(inside) <= 3 else f" and {len(inside) - 3} more"
+                reason = f"expected bytes with checksum {recorded:08x}, found {crc:08x}"
+                return DamagedFile(path, f"{reason}, in the bytes of {shown}{more}")
+            return _mismatch(path, tensor.name, recorded, crc)
     return None
 
 

@@ -176,7 +176,8 @@ def _frozen(plan: Plan, outcome: Outcome) -> Iterator[PlanWarning]:
                 "frozen-shadow",
                 f"average '{outcome.average.label}': a {name} shadow hardly moves with a "
                 f"coefficient of {min(coefficients):.3g}",
-                f"--shadow-dtype {kernel.SHADOW_DTYPES[0]} accumulates in float32",
+                f"--shadow-dtype {kernel.SHADOW_DTYPES[0]} accumulates in float32"
+                + ("" if plan.request.like == "tensorflow" else ", without --like"),
             )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,7 @@ class _Work:
     def copy(self, piece: Piece) -> tuple[int, int, None]:
         """Copy one piece; returns the bytes read and written."""
         source, targets = piece.sources[0], piece.accumulators[0].targets
-        if source.unit is None and len(targets) == 1 and self._clone(piece, source, targets[0]):
+        if _as_it_lies(source, targets) and self._clone(piece, source, targets[0]):
             return piece.elements, piece.elements, None
         buffer = _reused("copy", np.dtype(np.uint8), min(COPY_BLOCK, piece.elements))
         running = Running(source.checksum or CRC32C)
@@ -210,6 +210,13 @@ def _reused(purpose: str, dtype: NumpyDType, elements: int) -> kernel.Array:
         kept = np.frombuffer(page_buffer(n_bytes), np.uint8)
         setattr(_KEPT, purpose, kept)
     return kept[:n_bytes].view(dtype)
+
+
+def _as_it_lies(source: Source, targets: Sequence[Target]) -> bool:
+    """Whether a copy only moves bytes from one place to another, unseen."""
+    if source.unit is not None or source.grid is not None or len(targets) != 1:
+        return False
+    return targets[0].grid is None and not targets[0].swap
 
 
 def _uncast(c: float, dtype: str) -> float:

@@ -265,3 +265,33 @@ def value(array: Any) -> np.ndarray:
     """Return an array in little-endian order."""
     array = np.asarray(array)
     return array.astype(array.dtype.newbyteorder("<")) if array.dtype.kind != "V" else array
+
+
+def written(
+    entries: list[Entry], last: Checkpoint, path: Path, data: dict[str, bytes]
+) -> tuple[Draft, Checkpoint]:
+    """Write entries with the bytes of their sources to a new file; return what it reads as."""
+    keras = path.suffix == hdf5.KERAS_SUFFIX
+    draft = (hdf5.fresh_keras if keras else hdf5.fresh)(entries, last, None)
+    made = {entry.name: data[entry.source] for entry in entries}
+    build(draft, made, path, hdf5.seal_keras if keras else None)
+    checkpoint = read(path)
+    assert {t.name: (t.dtype, t.shape) for t in checkpoint.index.tensors} == {
+        e.name: (e.dtype, e.shape) for e in entries
+    }
+    assert payload(checkpoint, path.parent) == made
+    return draft, checkpoint
+
+
+def attributes(path: Path) -> dict[str, dict[str, object]]:
+    """Return every attribute of a file but the lists of names."""
+    found: dict[str, dict[str, object]] = {}
+
+    def visit(name: str, thing: h5py.Group | h5py.Dataset) -> None:
+        own = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in thing.attrs.items()}
+        found[name] = {k: v for k, v in own.items() if not k.endswith("_names")}
+
+    with h5py.File(path) as file:
+        visit("", file)
+        file.visititems(visit)
+    return found

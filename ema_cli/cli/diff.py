@@ -58,7 +58,8 @@ def diff(a: str, b: str, atol: float, rtol: float, key: str | None, **given: Any
                 for d in found
             ],
         )
-    out.say(f"{plural(len(found), 'tensor')} differ" if found else "no difference")
+    verb = "differs" if len(found) == 1 else "differ"
+    out.say(f"{plural(len(found), 'tensor')} {verb}" if found else "no difference")
     out.document("result", command="diff", differences=[dataclasses.asdict(d) for d in found])
     out.flush()
     return 13 if found else 0

@@ -63,6 +63,8 @@ def rename(checkpoint: str, output: str, **given: Any) -> int:
         (out.detail if many else out.say)(f"left out: {shorten(name)}")
     if many:
         out.say(f"left out: {plural(len(done.left_out), 'tensor')} (-v lists them)")
+    for note in done.notes:
+        out.say(f"note: {note}")
     out.say(f"{plural(len(done.renamed), 'tensor')} renamed, {done.kept:,} kept")
     out.line(printable(done.path))
     out.document(

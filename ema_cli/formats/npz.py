@@ -137,6 +137,7 @@ def _index(path: str, archive: Archive, raw: Sequence[bytes]) -> Index:
         tensors.append(tensor)
         extent = Extent(0, member.offset, member.nbytes)
         own[name] = Stored(extent, header.nbytes, member.crc_at, swap)
+    listed = tuple(names)
     tensors.sort(key=_position)
     return Index(
         NAME,
@@ -146,6 +147,7 @@ def _index(path: str, archive: Archive, raw: Sequence[bytes]) -> Index:
         own=own,
         records=tuple(records),
         checksum=CRC32,
+        listed=listed if listed != tuple(tensor.name for tensor in tensors) else (),
     )
 
 

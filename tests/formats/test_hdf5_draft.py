@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from pathlib import Path
 
 import h5py
@@ -12,8 +11,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ema_cli.blueprint import AVERAGE, BIASED, COPY, LOCAL_STEP, Draft, Entry, entry_of
-from ema_cli.errors import Disagreement, UnsupportedInput, UsageError
+from ema_cli.blueprint import AVERAGE, BIASED, COPY, LOCAL_STEP, Entry, entry_of
+from ema_cli.errors import Disagreement, UnsupportedInput
 from ema_cli.formats import hdf5
 from ema_cli.formats.hdf5 import drafting, names
 from ema_cli.tensors import DTYPES, Checkpoint, Extent, Role
@@ -34,22 +33,6 @@ def shadows(checkpoint: Checkpoint, end: str = AVG, *, keep: bool = False) -> li
         if role is Role.VARIABLE:
             entries.append(entry_of(f"{tensor.name}/{end}", tensor, AVERAGE))
     return entries
-
-
-def written(
-    entries: list[Entry], last: Checkpoint, path: Path, data: dict[str, bytes]
-) -> tuple[Draft, Checkpoint]:
-    """Write entries with the bytes of their sources to a new file; return what it reads as."""
-    keras = path.suffix == hdf5.KERAS_SUFFIX
-    draft = (hdf5.fresh_keras if keras else hdf5.fresh)(entries, last, None)
-    made = {entry.name: data[entry.source] for entry in entries}
-    keras_files.build(draft, made, path, hdf5.seal_keras if keras else None)
-    checkpoint = keras_files.read(path)
-    assert {t.name: (t.dtype, t.shape) for t in checkpoint.index.tensors} == {
-        e.name: (e.dtype, e.shape) for e in entries
-    }
-    assert keras_files.payload(checkpoint, path.parent) == made
-    return draft, checkpoint
 
 
 @pytest.fixture
@@ -88,22 +71,6 @@ def test_a_copy_differs_in_what_is_averaged_only(legacy: Checkpoint, tmp_path: P
     assert found == bytes(expected)
 
 
-def test_an_archives_copy_gets_a_new_checksum(archive: Checkpoint, tmp_path: Path) -> None:
-    """Both places of the CRC-32 hold that of the new weights."""
-    averaged = [t for t in archive.index.tensors if archive.index.roles[t.name] is Role.VARIABLE]
-    draft = hdf5.template_keras(archive, averaged)
-    assert draft.sums == archive.index.records
-    data = {t.name: np.full(t.shape, 7, "f4").tobytes() for t in averaged}
-    path = keras_files.build(draft, data, tmp_path / "out.keras", hdf5.seal_keras)
-    with zipfile.ZipFile(path) as found:
-        assert found.testzip() is None
-    again = keras_files.read(path)
-    assert again.index.roles == archive.index.roles
-    assert (
-        keras_files.payload(again, tmp_path)["layers/dense/vars/0"] == data["layers/dense/vars/0"]
-    )
-
-
 def test_what_spills_cannot_be_replaced_in_a_copy(tmp_path: Path) -> None:
     """Then a new file is made; what is only copied does not matter."""
 
@@ -121,20 +88,6 @@ def test_what_spills_cannot_be_replaced_in_a_copy(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------- new files
 
 
-def attributes(path: Path) -> dict[str, dict[str, object]]:
-    """Return every attribute of a file but the lists of names."""
-    found: dict[str, dict[str, object]] = {}
-
-    def visit(name: str, thing: h5py.Group | h5py.Dataset) -> None:
-        own = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in thing.attrs.items()}
-        found[name] = {k: v for k, v in own.items() if not k.endswith("_names")}
-
-    with h5py.File(path) as file:
-        visit("", file)
-        file.visititems(visit)
-    return found
-
-
 @pytest.mark.parametrize("name", ["legacy", "weights"])
 def test_a_new_file_of_all_tensors_is_like_the_last(
     request: pytest.FixtureRequest, name: str, tmp_path: Path
@@ -143,8 +96,8 @@ def test_a_new_file_of_all_tensors_is_like_the_last(
     last = request.getfixturevalue(name)
     data = keras_files.payload(last, tmp_path)
     path = tmp_path / "out.weights.h5"
-    draft, found = written(keras_files.copies(last), last, path, data)
-    assert attributes(path) == attributes(Path(last.path))
+    draft, found = keras_files.written(keras_files.copies(last), last, path, data)
+    assert keras_files.attributes(path) == keras_files.attributes(Path(last.path))
     assert found.index.roles == last.index.roles
     assert found.index.roles_from == last.index.roles_from
     assert found.told_step == last.told_step
@@ -176,7 +129,7 @@ def test_dropped_tensors_take_their_groups_along(legacy: Checkpoint, tmp_path: P
     """Without its weights the optimizer's group would be one Keras stumbles over."""
     wanted = [e for e in keras_files.copies(legacy) if not e.name.startswith("optimizer")]
     data = keras_files.payload(legacy, tmp_path)
-    written(wanted, legacy, tmp_path / "out.h5", data)
+    keras_files.written(wanted, legacy, tmp_path / "out.h5", data)
     with h5py.File(tmp_path / "out.h5") as file:
         assert set(file) == {"model_weights"}
         assert "training_config" in file.attrs
@@ -198,7 +151,7 @@ def test_every_dtype_and_shape_is_written(tmp_path: Path) -> None:
     last = keras_files.foreign(shapes)
     data = {t.name: os.urandom(t.nbytes) for t in last.index.tensors}
     data["group/bool"] = bytes([0, 1, 1, 0, 0, 1])
-    written(keras_files.copies(last), last, tmp_path / "out.h5", data)
+    keras_files.written(keras_files.copies(last), last, tmp_path / "out.h5", data)
     with h5py.File(tmp_path / "out.h5") as file:
         assert file["group/bfloat16"].attrs["dtype"] == "bfloat16"
         assert file["group/bfloat16"].dtype == np.dtype("V2")
@@ -233,7 +186,7 @@ def test_a_big_endian_file_stays_one(tmp_path: Path) -> None:
         file["b"] = np.arange(5, dtype=">c16")
 
     last = keras_files.read(keras_files.make(tmp_path / "x.h5", fill))
-    _, found = written(
+    _, found = keras_files.written(
         keras_files.copies(last), last, tmp_path / "out.h5", keras_files.payload(last, tmp_path)
     )
     assert found.index.big_endian
@@ -260,11 +213,11 @@ def test_strings_and_attributes_come_along(tmp_path: Path) -> None:
     last = keras_files.read(path)
     out = tmp_path / "out.h5"
     data = keras_files.payload(last, tmp_path)
-    draft, _ = written(keras_files.copies(last), last, out, data)
+    draft, _ = keras_files.written(keras_files.copies(last), last, out, data)
     assert draft.notes == ("attribute 'reference' of '/g' is not kept",)
-    expected = attributes(path)
+    expected = keras_files.attributes(path)
     del expected["g"]["reference"], expected["lists"]
-    assert attributes(out) == expected
+    assert keras_files.attributes(out) == expected
     with h5py.File(out) as file:
         assert file["g/texts"].asstr()[()].tolist() == ["x", "yy"]
         assert file["g/fixed"][()].tolist() == [b"ab", b"c"]
@@ -281,7 +234,7 @@ def test_texts_of_other_encodings_come_along(tmp_path: Path) -> None:
 
     last = keras_files.read(keras_files.make(tmp_path / "x.h5", fill))
     data = keras_files.payload(last, tmp_path)
-    _, found = written(keras_files.copies(last), last, tmp_path / "out.h5", data)
+    _, found = keras_files.written(keras_files.copies(last), last, tmp_path / "out.h5", data)
     [groups, others] = [c.index.own.structure.groups for c in (found, last)]
     assert groups["layers/vars"]["name"] == others["layers/vars"]["name"] == ("bad\udcff",)
     assert groups["layers/vars"]["weight_names"] == ("0",)
@@ -295,7 +248,7 @@ def test_packed_tensors_become_plain_ones(tmp_path: Path) -> None:
 
     last = keras_files.read(keras_files.make(tmp_path / "x.h5", fill))
     data = keras_files.payload(last, tmp_path)
-    _, found = written(keras_files.copies(last), last, tmp_path / "out.h5", data)
+    _, found = keras_files.written(keras_files.copies(last), last, tmp_path / "out.h5", data)
     assert found.files == found.files[:1]
     with h5py.File(tmp_path / "out.h5") as file:
         assert file["w"][()].tolist() == list(range(99))
@@ -312,7 +265,7 @@ def test_shadows_lie_in_a_tree_of_their_own(
     """It has the groups of the layers, and the names come back as they were asked for."""
     data = keras_files.payload(weights, tmp_path)
     out = tmp_path / "out.weights.h5"
-    _, found = written(shadows(weights, end, keep=keep), weights, out, data)
+    _, found = keras_files.written(shadows(weights, end, keep=keep), weights, out, data)
     tree = {AVG: AVG, "my/avg": "my.avg", "layers": "layers_1"}[end]
     assert found.index.lies_as[f"layers/dense/vars/0/{end}"] == f"{tree}/layers/dense/vars/0"
     assert f"layers/dense/vars/0/{end}" not in found.index.roles
@@ -369,9 +322,11 @@ def test_the_older_layout_has_room_for_shadows(tmp_path: Path) -> None:
 def test_shadows_of_an_output_are_kept_in_the_next(weights: Checkpoint, tmp_path: Path) -> None:
     """Names that are read from a tree go back to one, whatever the shadows are called."""
     data = keras_files.payload(weights, tmp_path)
-    _, first = written(shadows(weights, "avg", keep=True), weights, tmp_path / "a.h5", data)
+    _, first = keras_files.written(
+        shadows(weights, "avg", keep=True), weights, tmp_path / "a.h5", data
+    )
     data = keras_files.payload(first, tmp_path)
-    _, second = written(keras_files.copies(first), first, tmp_path / "b.h5", data)
+    _, second = keras_files.written(keras_files.copies(first), first, tmp_path / "b.h5", data)
     assert second.index.lies_as == first.index.lies_as
 
 
@@ -380,7 +335,7 @@ def test_shadows_from_another_format_need_no_rule(tmp_path: Path) -> None:
     shapes = {"w": ("float32", (2,)), f"w/{AVG}": ("float32", (2,)), f"b/{AVG}": ("float32", (2,))}
     last = keras_files.foreign(shapes)
     data = {name: os.urandom(8) for name in shapes}
-    written(keras_files.copies(last), last, tmp_path / "out.h5", data)
+    keras_files.written(keras_files.copies(last), last, tmp_path / "out.h5", data)
     with h5py.File(tmp_path / "out.h5") as file:
         assert file[f"{AVG}/w"][()].tobytes() == data[f"w/{AVG}"]
 
@@ -418,7 +373,7 @@ def test_long_lists_are_split_as_keras_splits_them(tmp_path: Path) -> None:
 
     last = keras_files.read(keras_files.make(tmp_path / "x.h5", fill))
     data = keras_files.payload(last, tmp_path)
-    _, found = written(keras_files.copies(last), last, tmp_path / "out.h5", data)
+    _, found = keras_files.written(keras_files.copies(last), last, tmp_path / "out.h5", data)
     own = found.index.own
     assert list(own.structure.groups["d"]["weight_names"]) == made
     with h5py.File(tmp_path / "out.h5") as one, h5py.File(last.path) as other:
@@ -433,47 +388,7 @@ def test_bfloat16_in_the_older_layout_is_noted(legacy: Checkpoint) -> None:
     assert "Keras does not load" in hdf5.fresh(entries, legacy, None).notes[0]
 
 
-# ---------------------------------------------------------------------------- archives
-
-
-@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_a_new_archive_holds_what_the_last_one_held(tmp_path: Path, method: int) -> None:
-    """Configuration and assets as they were, the weights stored."""
-    path = keras_files.put(tmp_path / "source.keras", keras_files.MODEL_KERAS)
-    with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "in.keras", "w", method) as new:
-        for name in old.namelist():
-            new.writestr(name, old.read(name))
-        new.writestr("assets/words.txt", b"a\nb\n" * 1000)
-    last = keras_files.read(tmp_path / "in.keras")
-    data = keras_files.payload(last, tmp_path)
-    entries = [e for e in keras_files.copies(last) if not e.name.startswith("optimizer")]
-    entries = [e._replace(dtype=DTYPES["float64"]) for e in entries]
-    wide = {e.name: np.frombuffer(data[e.name], "f4").astype("f8").tobytes() for e in entries}
-    _, found = written(entries, last, tmp_path / "out.keras", wide)
-    assert found.index.roles.items() <= last.index.roles.items()
-    with zipfile.ZipFile(tmp_path / "out.keras") as new, zipfile.ZipFile(last.path) as old:
-        assert new.testzip() is None
-        assert new.namelist() == old.namelist()
-        for name in ("config.json", "metadata.json", "assets/words.txt"):
-            assert new.read(name) == old.read(name)
-        assert new.getinfo("model.weights.h5").compress_type == zipfile.ZIP_STORED
-
-
-def test_the_weights_of_an_archive_can_be_written_alone(
-    archive: Checkpoint, weights: Checkpoint, tmp_path: Path
-) -> None:
-    """As Keras would save them: the same groups and attributes."""
-    data = keras_files.payload(archive, tmp_path)
-    out = tmp_path / "out.weights.h5"
-    written(keras_files.copies(archive), archive, out, data)
-    assert attributes(out) == attributes(Path(weights.path))
-
-
-def test_an_archive_needs_a_configuration(weights: Checkpoint) -> None:
-    """Weights alone do not say how to build the model."""
-    with pytest.raises(UsageError) as caught:
-        hdf5.fresh_keras(keras_files.copies(weights), weights, None)
-    assert ".weights.h5" in caught.value.hint
+# ---------------------------------------------------------------------------- limits
 
 
 def test_bfloat16_is_written_as_keras_writes_it(tmp_path: Path) -> None:
@@ -481,8 +396,8 @@ def test_bfloat16_is_written_as_keras_writes_it(tmp_path: Path) -> None:
     path = keras_files.put(tmp_path / "in.weights.h5", keras_files.BFLOAT16)
     last = keras_files.read(path)
     data = keras_files.payload(last, tmp_path)
-    written(keras_files.copies(last), last, tmp_path / "out.weights.h5", data)
-    assert attributes(tmp_path / "out.weights.h5") == attributes(path)
+    keras_files.written(keras_files.copies(last), last, tmp_path / "out.weights.h5", data)
+    assert keras_files.attributes(tmp_path / "out.weights.h5") == keras_files.attributes(path)
     with h5py.File(tmp_path / "out.weights.h5") as file:
         values = file["layers/dense/vars/0"][()].view(ml_dtypes.bfloat16)
         assert np.isfinite(values.astype("f4")).all()
@@ -503,4 +418,4 @@ def test_a_name_of_many_parts_can_be_read_again(tmp_path: Path) -> None:
     assert names.can_name(name) and not names.can_name(f"{name}/k")
     last = keras_files.foreign({name: ("float32", ())})
     entry = entry_of(f"{name}/{AVG}", last.index.tensors[0], AVERAGE)
-    written([entry], last, tmp_path / "out.h5", {name: bytes(4)})
+    keras_files.written([entry], last, tmp_path / "out.h5", {name: bytes(4)})

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import os
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from h5py import h5d, h5p, h5s, h5t
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ema_cli.errors import DamagedFile, InputError, UnsupportedInput
+from ema_cli.errors import InputError, UnsupportedInput
 from ema_cli.formats.hdf5 import isolation, reading, spilling
 from ema_cli.tensors import Role
 
@@ -342,104 +340,7 @@ def test_the_optimizers_count_is_the_step(
     assert checkpoint.told_step == (77, "optimizer/vars/0")
 
 
-# ---------------------------------------------------------------------------- .keras
-
-
-def rezipped(
-    data: bytes, method: int, without: str = "", also: dict[str, bytes] | None = None
-) -> bytes:
-    """Return an archive with the same members, but for one, and others."""
-    out = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w", method) as new:
-        for name in old.namelist():
-            if name != without:
-                new.writestr(name, old.read(name))
-        for name, content in (also or {}).items():
-            new.writestr(name, content)
-    return out.getvalue()
-
-
-def test_an_archive_is_read_where_its_weights_lie(tmp_path: Path) -> None:
-    """The member is one record with the CRC-32 the directory keeps."""
-    path = keras_files.put(tmp_path / "x.keras", keras_files.MODEL_KERAS)
-    checkpoint = keras_files.read(path)
-    with zipfile.ZipFile(path) as archive:
-        member = archive.getinfo("model.weights.h5")
-        weights = keras_files.put(tmp_path / "w.weights.h5", archive.read(member))
-    [record] = checkpoint.index.records
-    assert path.read_bytes()[record.offset :][: record.nbytes] == weights.read_bytes()
-    assert checkpoint.checksums.tolist() == [member.CRC]
-    assert checkpoint.index.checksum == "crc32"
-    expected = keras_files.payload(keras_files.read(weights), tmp_path)
-    assert keras_files.payload(checkpoint, tmp_path) == expected
-
-
-def test_a_compressed_archive_is_inflated(tmp_path: Path) -> None:
-    """All tensors spill, with the values of the archive that is not compressed."""
-    stored = keras_files.put(tmp_path / "stored.keras", keras_files.MODEL_KERAS)
-    packed = rezipped(keras_files.MODEL_KERAS, zipfile.ZIP_DEFLATED)
-    checkpoint = keras_files.read(keras_files.put(tmp_path / "packed.keras", packed))
-    assert checkpoint.checksums is None and not checkpoint.index.records
-    assert all(t.extent.file == 1 for t in checkpoint.index.tensors)
-    assert checkpoint.told_step == (3, "optimizer/vars/0")
-    expected = keras_files.payload(keras_files.read(stored), tmp_path)
-    assert keras_files.payload(checkpoint, tmp_path) == expected
-
-
-@pytest.mark.parametrize(
-    ("without", "also", "words"),
-    [
-        ("model.weights.h5", {}, "expected a member model.weights.h5"),
-        ("model.weights.h5", {"model.weights.npz": b"x"}, "found model.weights.npz"),
-        ("config.json", {}, "expected a member config.json"),
-        ("config.json", {"config.json": b"{"}, "config.json is not JSON"),
-        ("config.json", {"config.json": b"[" * 100_000}, "config.json is not JSON"),
-        ("config.json", {"config.json": b"\xff"}, "config.json is not UTF-8"),
-        ("config.json", {"config.json": b"[" + b"0," * 2_000_000}, "config.json is too large"),
-        ("model.weights.h5", {"model.weights.h5": b"no"}, "expected the signature of HDF5"),
-    ],
-)
-def test_an_archive_that_lacks_something_is_refused(
-    tmp_path: Path, without: str, also: dict[str, bytes], words: str
-) -> None:
-    """Each of the three members has to be there and be what it is called."""
-    data = rezipped(keras_files.MODEL_KERAS, zipfile.ZIP_STORED, without, also)
-    with pytest.raises(InputError, match=words):
-        keras_files.read(keras_files.put(tmp_path / "x.keras", data))
-
-
-def test_what_is_no_hdf5_file_is_not_inflated(tmp_path: Path) -> None:
-    """A megabyte may stand for a gigabyte: the first bytes tell that it is none."""
-    also = {"model.weights.h5": bytes(64 << 20)}
-    data = rezipped(keras_files.MODEL_KERAS, zipfile.ZIP_DEFLATED, "model.weights.h5", also)
-    path = keras_files.put(tmp_path / "x.keras", data)
-    with pytest.raises(DamagedFile, match="expected an HDF5 file"):
-        keras_files.read(path)
-
-
-def test_spilling_from_an_archive_checks_its_crc(tmp_path: Path) -> None:
-    """A flipped byte in a chunk, which HDF5 does not notice, is noticed."""
-
-    def fill(file: h5py.File) -> None:
-        file.create_dataset("layers/dense/vars/0", data=np.ones(1000, "f4"), chunks=(100,))
-
-    weights = keras_files.make(tmp_path / "w.h5", fill).read_bytes()
-    data = bytearray(
-        rezipped(
-            keras_files.MODEL_KERAS,
-            zipfile.ZIP_STORED,
-            "model.weights.h5",
-            {"model.weights.h5": weights},
-        )
-    )
-    path = keras_files.put(tmp_path / "x.keras", data)
-    assert np.frombuffer(
-        keras_files.payload(keras_files.read(path), tmp_path).popitem()[1], "f4"
-    ).all()
-    data[data.rindex(np.float32(1).tobytes())] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(DamagedFile, match="expected CRC-32"):
-        keras_files.payload(keras_files.read(path), tmp_path)
+# ---------------------------------------------------------------------------- whole files
 
 
 def test_real_files_are_read(tmp_path: Path) -> None:

@@ -59,14 +59,6 @@ def template(last: Checkpoint, averaged: Sequence[Tensor], unknown: str = "refus
     return drafting.template(last, averaged, unknown)
 
 
-def template_known_as(layout: Layout) -> tuple[object, ...]:
-    """Return the key in `Known` under which `read` finds where the model is in an output."""
-    from ema_cli.formats.torch import indexing
-
-    del layout
-    return indexing.SAME_STRUCTURE
-
-
 def fresh(wanted: Sequence[Entry], last: Checkpoint, limit: int | None) -> Draft:
     """Return a new state_dict; see `drafting.fresh`. `limit` is for other formats."""
     from ema_cli.formats.torch import drafting

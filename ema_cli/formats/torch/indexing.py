@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ema_cli.errors import DamagedFile, UnsupportedInput
+from ema_cli.errors import DamagedFile
 from ema_cli.formats.known import Known
 from ema_cli.formats.torch import models
 from ema_cli.formats.torch.models import Named
@@ -26,8 +26,6 @@ CHECKSUM = "crc32"
 # NumPy 1 holds no more than 32 dimensions, NumPy 2 no more than 64.
 DIMENSION_LIMIT = 32
 _SIZE_LIMIT = 1 << 63
-# Under this key stands the index whose structure a file has, so that the model is found again.
-SAME_STRUCTURE = (NAME, "structure")
 
 
 class Stored(NamedTuple):
@@ -77,7 +75,7 @@ class Own(NamedTuple):
 def checkpoint_of(file: Stamp, contents: Contents, known: Known, key: str) -> Checkpoint:
     """Return the checkpoint of a file; `key` is the path of the model inside, or empty."""
     survey = Survey(file.path, contents.root)
-    model = _model(survey, known, key)
+    model = models.find(survey, key)
     named = models.named(survey, model)
     tensors = tensors_of(file.path, contents, named)
     used = _used(contents, named, {tensor.name for tensor in tensors})
@@ -94,15 +92,6 @@ def checkpoint_of(file: Stamp, contents: Contents, known: Known, key: str) -> Ch
     )
 
 
-def _model(survey: Survey, known: Known, key: str) -> tuple[str, ...]:
-    alike = known.get(SAME_STRUCTURE)
-    if alike is not None and not key and isinstance(alike.own, Own):
-        path = alike.own.model
-        if survey.at(path) is not None:
-            return path
-    return models.find(survey, key)
-
-
 def _identity(index: Index) -> tuple[Any, ...]:
     """Return all that decides an index; steps and checksums differ between checkpoints."""
     return (
@@ -113,6 +102,8 @@ def _identity(index: Index) -> tuple[Any, ...]:
         index.own,
         tuple(index.roles.items()),
         index.cautions,
+        index.listed,
+        index.negated,
     )
 
 
@@ -124,6 +115,8 @@ def _index(
     used: Sequence[Stored],
 ) -> Index:
     kept = {tensor.name for tensor in tensors}
+    listed = tuple(one.name for one in named if one.name in kept)
+    missing = [one.name for one in named if one.of_model and one.name not in kept]
     nested = any(not one.of_model for one in named)
     records = [Extent(0, one.offset, one.nbytes) for one in used] if contents.checked else []
     return Index(
@@ -136,7 +129,9 @@ def _index(
         own=Own(model),
         records=tuple(records),
         checksum=CHECKSUM,
-        cautions=tuple(models.cautions(contents.root, model, named)),
+        cautions=tuple(models.cautions(contents.root, model, missing)),
+        listed=listed if listed != tuple(tensor.name for tensor in tensors) else (),
+        negated=frozenset(one.name for one in named if is_negated(one)),
     )
 
 
@@ -158,11 +153,9 @@ def tensors_of(path: str, contents: Contents, named: Sequence[Named]) -> tuple[T
     dtypes: dict[str, str] = {}
     tensors = []
     for one in named:
-        if models.is_plain(one.node) and one.node.dtype in DTYPES:
+        if (models.is_plain(one.node) and one.node.dtype in DTYPES) or is_negated(one):
             _check_dtype(path, one, dtypes)
             tensors.append(_tensor(path, one.name, one.node, contents.storages))
-        elif isinstance(one.node, TensorRef):
-            _refuse_negative(path, one)
     tensors.sort(key=_position)
     return tuple(tensors)
 
@@ -180,12 +173,11 @@ def _check_dtype(path: str, one: Named, dtypes: dict[str, str]) -> None:
         )
 
 
-def _refuse_negative(path: str, one: Named) -> None:
-    if one.of_model and one.node.neg and DTYPES[one.node.dtype].floating:
-        raise UnsupportedInput(
-            f"{shorten(path, 1000)}: tensor '{shorten(one.name)}': what is stored is its negative",
-            "save it again as tensor.resolve_neg()",
-        )
+def is_negated(one: Named) -> bool:
+    """Whether the negative of a tensor of the model is stored."""
+    node = one.node
+    known = isinstance(node, TensorRef) and one.of_model and node.dtype in DTYPES
+    return known and node.neg and not node.conj and DTYPES[node.dtype].floating
 
 
 def _tensor(path: str, name: str, ref: TensorRef, storages: Mapping[str, Stored]) -> Tensor:

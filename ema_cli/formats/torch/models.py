@@ -278,8 +278,8 @@ def _step_in(entries: Mapping[Any, Any], where: str) -> tuple[int, str] | None:
     return None
 
 
-def cautions(root: object, model: tuple[str, ...], tensors: Iterable[Named]) -> list[Caution]:
-    """Return what a plan has to warn of."""
+def cautions(root: object, model: tuple[str, ...], missing: Sequence[str]) -> list[Caution]:
+    """Return what a plan has to warn of; `missing` are tensors of the model that are not read."""
     found = []
     raw = "current_model_state"
     if isinstance(root, dict) and "averaging_state" in root and model == ("state_dict",):
@@ -291,13 +291,12 @@ def cautions(root: object, model: tuple[str, ...], tensors: Iterable[Named]) -> 
                 f"average those with --key {raw}" if raw in root else "",
             )
         )
-    opaque = [t.name for t in tensors if t.of_model and not is_plain(t.node)]
-    if opaque:
+    if missing:
         found.append(
             Caution(
                 "not-averaged",
-                f"{plural(len(opaque), 'tensor')} of the model cannot be averaged (quantised, "
-                f"sparse, conjugated or of an unknown dtype): {_some(opaque)}",
+                f"{plural(len(missing), 'tensor')} of the model cannot be averaged (quantised, "
+                f"sparse, conjugated or of an unknown dtype): {_some(missing)}",
                 "a copy of the last checkpoint keeps them as they are; a new file leaves them out",
             )
         )

@@ -21,8 +21,11 @@ from ema_cli.formats.torch.nodes import (
 )
 from ema_cli.text import shorten
 
-# Of all paths together: as many tensors as a pickle can hold, and what they lie in.
-VISIT_LIMIT = 2_000_000
+# Twice as many as an archive may have members: some have several names.
+TENSOR_LIMIT = 200_000
+# Of all paths together, in characters: what stands in many places has as many.
+PATH_LIMIT = 1 << 26
+_STEP = 8
 
 # Where the functions are that make tensors of all kinds.
 _MAKERS = ("torch._utils", "torch._tensor")
@@ -57,6 +60,18 @@ class Found(NamedTuple):
     listed: bool
 
 
+class _Size(NamedTuple):
+    """What a walk below a thing meets: tensors, characters of their paths, levels."""
+
+    tensors: int
+    length: int
+    height: int
+
+
+_NOTHING = _Size(0, 0, 0)
+_TENSOR = _Size(1, 0, 0)
+
+
 class Survey:
     """Which of the things in a pickle lead to tensors.
 
@@ -67,31 +82,39 @@ class Survey:
         self.path = path
         self.root = root
         self._links: dict[int, list[Link]] = {}
-        # By identity: how many things a walk meets, and how many levels they have.
-        self._sizes: dict[int, tuple[int, int]] = {}
+        self._sizes: dict[int, _Size] = {}
         if not is_tensor(root):
             self._enter(root, 1)
 
-    def _enter(self, node: Any, depth: int) -> tuple[int, int]:
+    def _enter(self, node: Any, depth: int) -> _Size:
         known = self._sizes.get(id(node))
         if known is not None:
             return known
         if depth > DEPTH_LIMIT:
             raise DamagedFile(self.path, f"expected at most {DEPTH_LIMIT} levels of nesting")
-        self._sizes[id(node)] = (0, 0)  # what leads back to itself is not followed again
+        self._sizes[id(node)] = _NOTHING  # what leads back to itself is not followed again
         kept: list[Link] = []
-        total, height = 1, 0
+        tensors = length = height = 0
         for link in links_of(node):
-            count, levels = (1, 0) if is_tensor(link.node) else self._enter(link.node, depth + 1)
-            if count:
+            inside = _TENSOR if is_tensor(link.node) else self._enter(link.node, depth + 1)
+            if inside.tensors:
                 kept.append(link)
-                total += count
-                height = max(height, levels + 1)
-        if total > VISIT_LIMIT or height > DEPTH_LIMIT:
-            raise DamagedFile(self.path, "the same lists and dicts stand in too many places")
+                tensors += inside.tensors
+                length += inside.length + inside.tensors * (len(link.name) + _STEP)
+                height = max(height, inside.height + 1)
+        size = _Size(tensors, length, height)
+        self._check(size)
         self._links[id(node)] = kept
-        self._sizes[id(node)] = (total, height) if kept else (0, 0)
-        return self._sizes[id(node)]
+        self._sizes[id(node)] = size
+        return size
+
+    def _check(self, size: _Size) -> None:
+        if size.tensors > TENSOR_LIMIT:
+            raise DamagedFile(
+                self.path, f"expected at most {TENSOR_LIMIT:,} tensors, found {size.tensors:,}"
+            )
+        if size.length > PATH_LIMIT or size.height > DEPTH_LIMIT:
+            raise DamagedFile(self.path, "the paths that lead to its tensors are too long")
 
     def links(self, node: object) -> list[Link]:
         """Return the links of a node that lead to tensors, in the order of the pickle."""
