@@ -4,14 +4,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from bench.contestants import EMA_AVG, LIMIT, START
-from bench.groups import GROUPS, ST, TF
+from bench.groups import GROUPS, H5, PT, ST, TF
 from bench.measure import Score
 
 Results = dict[str, list[Score]]
 # A label, what was measured, what is allowed, and the unit of both.
 Row = tuple[str, float | None, float | None, str]
 TENSORFLOW = ("tf", "tf-small", "rename")
-GENERAL = tuple(key for key in GROUPS if key not in TENSORFLOW)
+PYTORCH, HDF5 = ("torch", "torch-small"), ("hdf5", "hdf5-small")
+GENERAL = tuple(key for key in GROUPS if key not in (*TENSORFLOW, *PYTORCH, *HDF5))
 SHADOW = ", shadow names"
 
 
@@ -76,7 +77,7 @@ def is_run(score: Score) -> bool:
 
 def verdicts(results: Results) -> list[Verdict]:
     """Return all budgets in the order in which the documentation lists them."""
-    rows = (*general(results), *tensorflow(results))
+    rows = (*general(results), *tensorflow(results), *pytorch(results), *hdf5(results))
     return [Verdict(*row) for row in rows]
 
 
@@ -96,26 +97,64 @@ def general(results: Results) -> tuple[Row, ...]:
     )
 
 
+def beside(scores: list[Score], suffix: str, names: str = "") -> float | None:
+    """Return how many times as long as with safetensors files the tool takes in a format."""
+    return quotient(scores, f"ema-avg{suffix}{names}", f"ema-avg{ST}{names}")
+
+
 def tensorflow(results: Results) -> tuple[Row, ...]:
     """Return the budgets of TensorFlow checkpoints, mostly beside safetensors files."""
     large, small, renamed = (results.get(key, []) for key in TENSORFLOW)
     large_peak, small_peak = (peak(results, key, of=TF) for key in TENSORFLOW[:2])
 
-    def beside(scores: list[Score], names: str = "") -> float | None:
-        return quotient(scores, f"ema-avg{TF}{names}", f"ema-avg{ST}{names}")
-
     def beside_cp(names: str) -> float | None:
         return quotient(renamed, f"rename to {names} names", "cp and fsync")
 
     return (
-        (f"float32{TF} / safetensors, shadow names", beside(large, SHADOW), 1.25, "x"),
-        (f"float32{TF} / safetensors, names kept", beside(large), None, "x"),
+        (f"float32{TF} / safetensors, shadow names", beside(large, TF, SHADOW), 1.25, "x"),
+        (f"float32{TF} / safetensors, names kept", beside(large, TF), None, "x"),
         (f"resident memory of run, 32 tensors{TF}", large_peak, 100.0, "MiB"),
-        (f"open 20,000 tensors{TF}", seconds(small, f"open{TF}"), 0.3, "s"),
-        (f"plan, 8 x 20,000 tensors{TF}", seconds(small, f"ema-avg plan{TF}"), None, "s"),
-        (f"20,000 tensors{TF} / safetensors, shadow names", beside(small, SHADOW), None, "x"),
-        (f"20,000 tensors{TF} / safetensors, names kept", beside(small), None, "x"),
+        *many_tensors(small, TF, opening=0.3),
         (f"resident memory of run, 20,000 tensors{TF}", small_peak, 100.0, "MiB"),
         (f"rename to variable names{TF} / cp and fsync", beside_cp("variable"), None, "x"),
         (f"rename to shadow names{TF} / cp and fsync", beside_cp("shadow"), None, "x"),
+    )
+
+
+def many_tensors(scores: list[Score], suffix: str, opening: float | None) -> tuple[Row, ...]:
+    """Return the times of files of many tensors; `opening` is the seconds that one may take."""
+    title = f"20,000 tensors{suffix}"
+    return (
+        (f"open {title}", seconds(scores, f"open{suffix}"), opening, "s"),
+        (f"plan, 8 x {title}", seconds(scores, f"ema-avg plan{suffix}"), None, "s"),
+        (f"{title} / safetensors, shadow names", beside(scores, suffix, SHADOW), None, "x"),
+        (f"{title} / safetensors, names kept", beside(scores, suffix), None, "x"),
+    )
+
+
+def pytorch(results: Results) -> tuple[Row, ...]:
+    """Return the budgets of PyTorch files, whose names are kept unless asked otherwise."""
+    large, small = (results.get(key, []) for key in PYTORCH)
+    large_peak, small_peak = (peak(results, key, of=PT) for key in PYTORCH)
+    peer = quotient(large, "fairseq's way", f"ema-avg mean{PT}")
+    return (
+        (f"float32{PT} / safetensors, names kept", beside(large, PT), 1.25, "x"),
+        (f"float32{PT} / safetensors, shadow names", beside(large, PT, SHADOW), None, "x"),
+        (f"mean{PT}: fairseq's way / ema-avg", peer, None, "x"),
+        (f"resident memory of run, 32 tensors{PT}", large_peak, 100.0, "MiB"),
+        *many_tensors(small, PT, opening=1.0),
+        (f"resident memory of run, 20,000 tensors{PT}", small_peak, 100.0, "MiB"),
+    )
+
+
+def hdf5(results: Results) -> tuple[Row, ...]:
+    """Return the budgets of HDF5 files; with many datasets they are for information only."""
+    large, small = (results.get(key, []) for key in HDF5)
+    large_peak, small_peak = (peak(results, key, of=H5) for key in HDF5)
+    return (
+        (f"float32{H5} / safetensors, names kept", beside(large, H5), 1.5, "x"),
+        (f"float32{H5} / safetensors, shadow names", beside(large, H5, SHADOW), None, "x"),
+        (f"resident memory of run, 32 tensors{H5}", large_peak, 100.0, "MiB"),
+        *many_tensors(small, H5, opening=None),
+        (f"resident memory of run, 20,000 tensors{H5}", small_peak, None, "MiB"),
     )

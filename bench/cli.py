@@ -9,6 +9,7 @@ from bench.contestants import Group
 from bench.datasets import catalogue, create_missing
 from bench.groups import GROUPS
 from bench.measure import Score, run_group, say
+from bench.peer import BESIDE, VARIABLE, torch_peer
 from bench.report import budget_table, document, group_table, machine, machine_text
 
 
@@ -34,7 +35,8 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
         prog="python -m bench",
         description="Measure ema-avg against the limit of this machine and a NumPy script.",
-        epilog="Exit code 1 when a contestant failed; slowness is reported, never a failure.",
+        epilog="Exit code 1 when a contestant failed; slowness is reported, never a failure. "
+        f"fairseq's way runs in the Python with torch that {VARIABLE} names, else in {BESIDE}.",
     )
     options.add_argument("--dir", type=Path, default=Path("build/bench"), help="data directory")
     options.add_argument("--only", type=group_list, default=list(GROUPS), metavar=",".join(GROUPS))
@@ -67,6 +69,8 @@ def main() -> int:
     found = verdicts({group.key: scores for group, scores in done})
     print(machine_text(facts), end="\n\n")
     print(f"Best and median of {rounds} rounds; ratio is (process - start) / limit.", end="\n\n")
+    if "torch" in options.only and torch_peer() is None:
+        print(f"fairseq's way is left out: no torch in {BESIDE} or {VARIABLE}.", end="\n\n")
     for group, scores in done:
         print(group_table(group, scores), end="\n\n")
     print(budget_table(found))

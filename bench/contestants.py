@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.datasets import DATA, MIB, TENSORFLOW, DataSet, beside
+from bench.datasets import DATA, MIB, SUFFIXES, DataSet
 
 PYTHON = sys.executable
 EMA_AVG = (PYTHON, "-m", "ema_cli")
@@ -33,7 +33,10 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Group:
-    """Contestants that run in turn over the same data, and the results that must be equal."""
+    """Contestants that run in turn over the same data, and the results that must be equal.
+
+    Those that must be `close` were computed in another order, so they are rounded differently.
+    """
 
     key: str
     title: str
@@ -41,6 +44,7 @@ class Group:
     data_sets: tuple[DataSet, ...]
     cold: bool = False
     equal: tuple[tuple[Path, Path], ...] = ()
+    close: tuple[tuple[Path, Path], ...] = ()
 
 
 class Stage:
@@ -53,9 +57,7 @@ class Stage:
     def output(self, data_set: DataSet, name: str) -> Path:
         """Return the file with the tensor data of a contestant's result."""
         folder = self.folder / f"{name}-{data_set.key}"
-        if data_set.format == TENSORFLOW:
-            return beside(folder / "result", DATA)
-        return folder / "result.safetensors"
+        return folder / f"result{SUFFIXES[data_set.format]}"
 
     def target(self, data_set: DataSet, name: str) -> Path:
         """Return what the tool calls that result."""
@@ -100,14 +102,31 @@ class Stage:
         command = (PYTHON, script, dtype, str(output), *inputs)
         return Contestant(f"numpy script{suffix}", PROCESS, command, data_set, (output,))
 
-    def ema_avg(self, data_set: DataSet, names: str = "variable", suffix: str = "") -> Contestant:
-        """Return the tool itself; the shadow layout is what it writes when not asked otherwise."""
-        flags = ["--names", "variable"] if names == "variable" else []
-        target, run = str(self.target(data_set, names)), str(data_set.folder(self.data))
-        options = ["-o", target, "--decay", "0.9", *flags, "--overwrite", "-q"]
-        name = f"ema-avg{suffix}{'' if flags else ', shadow names'}"
-        output = self.output(data_set, names)
-        return Contestant(name, PROCESS, (*EMA_AVG, "run", run, *options), data_set, (output,))
+    def ema_avg(self, data_set: DataSet, suffix: str = "", names: str = "variable") -> Contestant:
+        """Return the tool itself: names as they were, or those of shadows."""
+        kind = "" if names == "variable" else ", shadow names"
+        options = ("--decay", "0.9", "--names", names)
+        return self.averaging(data_set, names, f"ema-avg{suffix}{kind}", options)
+
+    def ema_avg_mean(self, data_set: DataSet, suffix: str = "") -> Contestant:
+        """Return the tool computing the plain mean, names as they were."""
+        options = ("--average", "mean", "--names", "variable")
+        return self.averaging(data_set, "mean", f"ema-avg mean{suffix}", options)
+
+    def averaging(
+        self, data_set: DataSet, folder: str, name: str, options: tuple[str, ...]
+    ) -> Contestant:
+        """Return the tool with options of its own."""
+        run, target = str(data_set.folder(self.data)), str(self.target(data_set, folder))
+        command = (*EMA_AVG, "run", run, "-o", target, *options, "--overwrite", "-q")
+        return Contestant(name, PROCESS, command, data_set, (self.output(data_set, folder),))
+
+    def torch_script(self, python: str, data_set: DataSet) -> Contestant:
+        """Return fairseq's way, for which a Python with torch is needed."""
+        output = self.output(data_set, "fairseq")
+        script = str(Path(__file__).with_name("torch_script.py"))
+        command = (python, script, str(output), *map(str, data_set.paths(self.data)))
+        return Contestant("fairseq's way", PROCESS, command, data_set, (output,))
 
     def ema_avg_plan(self, data_set: DataSet, suffix: str = "") -> Contestant:
         """Return the tool looking at a run, of which it reads no tensor."""

@@ -8,21 +8,27 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ITEM_BYTES = {"F32": 4, "BF16": 2}
 MIB = 1 << 20
-SAFETENSORS, TENSORFLOW = "safetensors", "tensorflow"
+SAFETENSORS, TENSORFLOW, TORCH, HDF5 = "safetensors", "tensorflow", "torch", "hdf5"
 # What follows the prefix of a TensorFlow checkpoint with one data file in the names of its files.
 INDEX, DATA = ".index", ".data-00000-of-00001"
+# What the file with the tensor data ends with.
+SUFFIXES = {SAFETENSORS: ".safetensors", TENSORFLOW: DATA, TORCH: ".pt", HDF5: ".h5"}
 VARIABLE = "layers.{:05d}.weight"
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """A run of equally shaped checkpoints; those of equal shapes hold the same values."""
+    """A run of equally shaped checkpoints; those of equal shapes hold the same values.
+
+    `source` is the key of the safetensors files that it is made from, in formats that the tool
+    writes itself.
+    """
 
     key: str
     title: str
@@ -32,6 +38,7 @@ class DataSet:
     checkpoints: int
     format: str = SAFETENSORS
     names: str = VARIABLE
+    source: str = ""
 
     @property
     def tensor_bytes(self) -> int:
@@ -55,7 +62,8 @@ class DataSet:
     def checkpoint_paths(self, data: Path) -> list[Path]:
         """Return what the tool calls the checkpoints, in the order of their steps."""
         steps = range(100, 100 * self.checkpoints + 1, 100)
-        name = "model.ckpt-{}" if self.format == TENSORFLOW else "step-{:05d}.safetensors"
+        prefix = self.format == TENSORFLOW
+        name = "model.ckpt-{}" if prefix else f"step-{{:05d}}{SUFFIXES[self.format]}"
         return [self.folder(data) / name.format(step) for step in steps]
 
     def paths(self, data: Path) -> list[Path]:
@@ -98,7 +106,21 @@ def catalogue(*, quick: bool) -> dict[str, DataSet]:
         DataSet("tf-small", tf_small, "F32", 20_000, (256,), 8, TENSORFLOW),
         DataSet("tf-shadow", f"{mib} of shadows", "F32", 32, large, 1, TENSORFLOW, shadow),
     )
-    return {data_set.key: data_set for data_set in sets}
+    found = {data_set.key: data_set for data_set in sets}
+    conversions = (
+        converted(found["f32"], "torch", TORCH, "PyTorch"),
+        converted(found["small"], "torch-small", TORCH, "PyTorch"),
+        converted(found["f32"], "hdf5", HDF5, "HDF5"),
+        converted(found["small"], "hdf5-small", HDF5, "HDF5"),
+    )
+    return found | {data_set.key: data_set for data_set in conversions}
+
+
+def converted(source: DataSet, key: str, format: str, title: str) -> DataSet:
+    """Return a run made from one of safetensors files; in HDF5, modules are groups."""
+    names = source.names.replace(".", "/") if format == HDF5 else source.names
+    title = f"{source.title} as {title} files"
+    return replace(source, key=key, title=title, format=format, names=names, source=source.key)
 
 
 def create_missing(sets: Iterable[DataSet], data: Path, *, quick: bool) -> None:

@@ -1,19 +1,21 @@
 """What is measured together: each group is a set of contestants over the same data."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from bench.contestants import AVERAGES, EMA_AVG, PROCESS, Contestant, Group, Stage
 from bench.datasets import DataSet
+from bench.peer import torch_peer
 
-# What the names of contestants end with where both formats take part.
-TF, ST = ", TensorFlow", ", safetensors"
+# What the names of contestants end with where two formats take part.
+TF, PT, H5, ST = ", TensorFlow", ", PyTorch", ", HDF5", ", safetensors"
 
 
 def float32(sets: dict[str, DataSet], data: Path) -> Group:
     """One decay over float32, in both layouts of names."""
     stage, d = Stage(data, "f32"), sets["f32"]
-    ours = (stage.ema_avg(d), stage.ema_avg(d, "shadow"))
+    ours = (stage.ema_avg(d), stage.ema_avg(d, names="shadow"))
     everyone = (stage.start(), *stage.limits(d), stage.numpy_script(d), *ours)
     return Group("f32", d.title, everyone, (d,), equal=stage.same_results(d))
 
@@ -70,40 +72,82 @@ def cold(sets: dict[str, DataSet], data: Path) -> Group:
     return Group("cold", f"{d.title}, not in the page cache", everyone, (d,), True, equal)
 
 
-def both_formats(stage: Stage, *pair: DataSet) -> tuple[list[Contestant], list[tuple[Path, Path]]]:
+def both_formats(
+    stage: Stage, d: DataSet, other: DataSet, suffix: str
+) -> tuple[tuple[Contestant, ...], tuple[tuple[Path, Path], ...]]:
     """Return the tool on the same values in both formats, and which results must be equal.
 
-    In both layouts of names: as they were, for which the index or header of the last checkpoint is
+    In both layouts of names: as they were, for which the structure of the last checkpoint is
     filled anew, and those of shadows, for which a new one is made.
     """
-    layouts = ("shadow", "variable")
-    ours = [
-        stage.ema_avg(d, names, suffix)
-        for names in layouts
-        for d, suffix in zip(pair, (ST, TF), strict=True)
-    ]
-    first, second = ([stage.output(d, names) for names in layouts] for d in pair)
-    return ours, list(zip(first, second, strict=True))
+    layouts, pair = ("shadow", "variable"), ((other, ST), (d, suffix))
+    ours = (stage.ema_avg(*one, names) for names in layouts for one in pair)
+    equal = ((stage.output(other, names), stage.output(d, names)) for names in layouts)
+    return tuple(ours), tuple(equal)
+
+
+def beside_safetensors(d: DataSet, other: DataSet) -> str:
+    """Return the title of a group of two formats."""
+    return f"{d.title}, and {other.title} as safetensors files"
+
+
+def large_in(sets: dict[str, DataSet], data: Path, key: str, suffix: str) -> Group:
+    """One decay over float32 in another format beside the same in safetensors files."""
+    stage, d, other = Stage(data, key), sets[key], sets["f32"]
+    ours, equal = both_formats(stage, d, other, suffix)
+    everyone = (stage.start(), *stage.limits(d), *ours)
+    return Group(key, beside_safetensors(d, other), everyone, (d, other), equal=equal)
+
+
+def small_in(sets: dict[str, DataSet], data: Path, key: str, suffix: str) -> Group:
+    """Many small tensors: opening and planning, which are all index, and averaging."""
+    stage, d, other = Stage(data, key), sets[key], sets["small"]
+    ours, equal = both_formats(stage, d, other, suffix)
+    everyone = [stage.start(), *stage.limits(d)]
+    for pair in ((other, ST), (d, suffix)):
+        everyone += [stage.opening(*pair), stage.ema_avg_plan(*pair)]
+    title = beside_safetensors(d, other)
+    return Group(key, title, (*everyone, *ours), (d, other), equal=equal)
 
 
 def tensorflow(sets: dict[str, DataSet], data: Path) -> Group:
-    """One decay over float32 in TensorFlow checkpoints beside the same in safetensors files."""
-    stage, d, other = Stage(data, "tf"), sets["tf"], sets["f32"]
-    ours, equal = both_formats(stage, other, d)
-    everyone = (stage.start(), *stage.limits(d), *ours)
-    title = f"{d.title}, and {other.title} as safetensors files"
-    return Group("tf", title, everyone, (d, other), equal=tuple(equal))
+    """TensorFlow checkpoints."""
+    return large_in(sets, data, "tf", TF)
 
 
 def tensorflow_small(sets: dict[str, DataSet], data: Path) -> Group:
-    """Many small tensors: opening and planning, which are all index, and averaging."""
-    stage, d, other = Stage(data, "tf-small"), sets["tf-small"], sets["small"]
-    ours, equal = both_formats(stage, other, d)
-    everyone = [stage.start(), *stage.limits(d)]
-    for data_set, suffix in ((other, ST), (d, TF)):
-        everyone += [stage.opening(data_set, suffix), stage.ema_avg_plan(data_set, suffix)]
-    title = f"{d.title}, and {other.title} as safetensors files"
-    return Group("tf-small", title, (*everyone, *ours), (d, other), equal=tuple(equal))
+    """TensorFlow checkpoints of many small tensors."""
+    return small_in(sets, data, "tf-small", TF)
+
+
+def torch(sets: dict[str, DataSet], data: Path) -> Group:
+    """PyTorch files, and the mean of them in both ways where torch is installed."""
+    group, stage, d = large_in(sets, data, "torch", PT), Stage(data, "torch"), sets["torch"]
+    peer = torch_peer()
+    if peer is None:
+        return group
+    theirs, ours = stage.torch_script(peer.python, d), stage.ema_avg_mean(d, PT)
+    return replace(
+        group,
+        contestants=(*group.contestants, theirs, ours),
+        close=((stage.output(d, "fairseq"), stage.output(d, "mean")),),
+    )
+
+
+def torch_small(sets: dict[str, DataSet], data: Path) -> Group:
+    """PyTorch files of many small tensors."""
+    return small_in(sets, data, "torch-small", PT)
+
+
+def hdf5(sets: dict[str, DataSet], data: Path) -> Group:
+    """HDF5 files whose datasets are contiguous, as Keras writes them."""
+    return large_in(sets, data, "hdf5", H5)
+
+
+def hdf5_small(sets: dict[str, DataSet], data: Path) -> Group:
+    """HDF5 files of many small datasets: for information, nothing is promised of them."""
+    group = small_in(sets, data, "hdf5-small", H5)
+    return replace(group, title=f"{group.title} (for information)")
 
 
 def rename(sets: dict[str, DataSet], data: Path) -> Group:
@@ -133,4 +177,8 @@ GROUPS: dict[str, Callable[[dict[str, DataSet], Path], Group]] = {
     "tf": tensorflow,
     "tf-small": tensorflow_small,
     "rename": rename,
+    "torch": torch,
+    "torch-small": torch_small,
+    "hdf5": hdf5,
+    "hdf5-small": hdf5_small,
 }

@@ -158,20 +158,21 @@ def run_in_turn(score: Score, group: Group, data: Path) -> None:
         score.error = str(error)
 
 
-def compare(reference: Path, result: Path) -> str:
+def compare(reference: Path, result: Path, *flags: str) -> str:
     """Return the first difference; in a child, since the headers would stay in our memory."""
-    command = (sys.executable, "-m", "bench.compare", str(reference), str(result))
+    command = (sys.executable, "-m", "bench.compare", *flags, str(reference), str(result))
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT).stdout
 
 
 def check_equal(group: Group, scores: list[Score]) -> None:
     """Mark the second of two results that differ as failed: a fast wrong answer wins nothing."""
     by_output = {path: score for score in scores for path in score.contestant.outputs}
-    for reference, result in group.equal:
+    pairs = [(*pair, ()) for pair in group.equal] + [(*pair, ("--close",)) for pair in group.close]
+    for reference, result, flags in pairs:
         score, other = by_output[result], by_output.get(reference)  # which may be an input
         if score.error or (other and other.error):
             continue
-        difference = compare(reference, result)
+        difference = compare(reference, result, *flags)
         if difference:
             source = f"the result of {other.contestant.name}" if other else str(reference)
             score.error = f"the result differs from {source}: {difference}"

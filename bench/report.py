@@ -11,8 +11,9 @@ from typing import Any
 from bench.budgets import Verdict, ratio
 from bench.contestants import LIMIT, OPEN, OVERLAPPED, Group
 from bench.measure import Score, best_variants
+from bench.peer import torch_peer
 
-PACKAGES = ("ema-avg", "numpy", "click", "safetensors", "ml_dtypes")
+PACKAGES = ("ema-avg", "numpy", "click", "safetensors", "ml_dtypes", "h5py")
 # Above this, something else takes time away from the contestants.
 BUSY_CORES = 0.2
 HEAD = ("contestant", "best s", "median s", "GB/s", "peak MiB", "ratio", "note")
@@ -53,6 +54,7 @@ def busy_cores() -> float:
 def machine() -> dict[str, Any]:
     """Return what the numbers depend on, among it what else was running; takes a second."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    peer = torch_peer()
     return {
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -61,6 +63,7 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
+        "torch": peer.version if peer else "absent",
     }
 
 

@@ -1,4 +1,7 @@
-"""Child process that writes data sets: finite random floats, cheaply and in little memory."""
+"""Child process that writes data sets: finite random floats, cheaply and in little memory.
+
+What the tool can convert is converted by it from safetensors files of the same values.
+"""
 
 import argparse
 import json
@@ -11,7 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bench.datasets import DATA, INDEX, MIB, TENSORFLOW, DataSet, beside, catalogue
+from bench.datasets import DATA, HDF5, INDEX, MIB, TENSORFLOW, DataSet, beside, catalogue
+from ema_cli.api import rename
 from ema_cli.checksums import crc32c, masked
 from ema_cli.formats.tensorflow import table
 from ema_cli.formats.tensorflow.entries import (
@@ -123,6 +127,20 @@ def write_data_set(data_set: DataSet, data: Path) -> None:
         write(data_set, path, payload(data_set, base, seed))
 
 
+def convert_data_set(source: DataSet, data_set: DataSet, data: Path) -> None:
+    """Write all checkpoints as the tool converts those of another run, which is made if missing."""
+    if not source.is_complete(data):
+        write_data_set(source, data)
+    data_set.folder(data).mkdir(parents=True, exist_ok=True)
+    rule = [(r"\.", "/")] if data_set.format == HDF5 else []
+    paths = zip(source.paths(data), data_set.paths(data), strict=True)
+    for original, path in paths:
+        target = partial(path)
+        rename(original, target, rule=rule, format=data_set.format, overwrite=True)
+        beside(target, ".ema.json").unlink()  # no training leaves such a record behind
+        os.replace(target, path)
+
+
 def main() -> int:
     """Write the data sets named on the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.write_data", description=__doc__)
@@ -132,7 +150,11 @@ def main() -> int:
     options = parser.parse_args()
     sets = catalogue(quick=options.quick)
     for key in options.keys:
-        write_data_set(sets[key], options.data)
+        data_set = sets[key]
+        if data_set.source:
+            convert_data_set(sets[data_set.source], data_set, options.data)
+        else:
+            write_data_set(data_set, options.data)
     os.sync()
     return 0
 

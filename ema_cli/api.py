@@ -13,7 +13,7 @@ from ema_cli import files, machine, specs
 from ema_cli import plan as planning
 from ema_cli.destination import check_destination, repair
 from ema_cli.errors import Disagreement, InputError, NothingToAverage, UsageError
-from ema_cli.formats import detect, read
+from ema_cli.formats import FORMATS, detect, read
 from ema_cli.formats.tensorflow import prefixes
 from ema_cli.kernel import LIKE, SHADOW_DTYPES
 from ema_cli.layout import NAMES, OPTIMIZER, UNKNOWN, Wishes
@@ -307,7 +307,10 @@ def diff(
 
     if not (0 <= atol < float("inf") and 0 <= rtol < float("inf")):
         raise UsageError(f"--atol and --rtol: expected numbers >= 0, found {atol} and {rtol}")
-    one, other = (read(os.fspath(path), {}, key or "") for path in (a, b))
+    paths = [os.fspath(path) for path in (a, b)]
+    nested = [FORMATS[name].nested if (name := detect(path)) else False for path in paths]
+    keys = [key or "" if one or not any(nested) else "" for one in nested]
+    one, other = (read(path, {}, mine) for path, mine in zip(paths, keys, strict=True))
     return compare(one, other, atol, rtol)
 
 

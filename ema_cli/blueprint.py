@@ -62,6 +62,7 @@ class Draft(NamedTuple):
         sums: the extents whose checksums its seal needs.
         own: what else its seal needs.
         notes: what is worth knowing about it.
+        big_endian: the byte order of its numbers, or None for that of its last checkpoint.
     """
 
     files: Sequence[File]
@@ -69,6 +70,7 @@ class Draft(NamedTuple):
     sums: tuple[Extent, ...] = ()
     own: object = None
     notes: tuple[str, ...] = ()
+    big_endian: bool | None = None
 
 
 class Patch(NamedTuple):

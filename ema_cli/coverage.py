@@ -69,11 +69,18 @@ class _Sources:
         self._first_input = first_input
         self._used = [k for k, first in enumerate(first_input) if first >= 0]
         self._firsts = [first_input[k] for k in self._used]
-        # What is read of a checkpoint: the ranges of its index, and then copies of its own.
-        self._read = {
-            k: records[index_of[k]].copied() if k in mixed else _Records(checkpoints[k].index)
-            for k in self._used
-        }
+        # What is read of a checkpoint: the ranges of its index, shared by all that have it.
+        self._shared = {k: records[index_of[k]] for k in self._used if k in mixed}
+        # And copies of its own, of those few that are copied from.
+        self._own: dict[int, _Records] = {}
+
+    def _read(self, k: int) -> _Records:
+        """Return what is read of a checkpoint that is copied from."""
+        if k not in self._own:
+            shared = self._shared.get(k)
+            index = self._checkpoints[k].index
+            self._own[k] = _Records(index) if shared is None else shared.copied()
+        return self._own[k]
 
     def verified(self, copies: Iterable[Copy]) -> Iterator[Copy]:
         """Yield copies of tensors, each with the bytes it is verified with."""
@@ -83,8 +90,8 @@ class _Sources:
                 yield copy
                 continue
             inside = copy._replace(place=copy.place._replace(file=copy.place.file - first))
-            for part in self._read[k].cut(inside):
-                place = _verified(self._read[k], part.place, part.nbytes, -1 - group)
+            for part in self._read(k).cut(inside):
+                place = _verified(self._read(k), part.place, part.nbytes, -1 - group)
                 yield part._replace(place=place._replace(file=copy.place.file))
 
     def of_files(self, copies: Iterable[Copy]) -> Iterator[Copy]:
@@ -92,7 +99,7 @@ class _Sources:
         for copy in copies:
             k, first = self._source(copy)
             mine = copy.place.file - first < len(self._checkpoints[k].files)
-            if mine and not self._read[k].is_empty:
+            if mine and not self._read(k).is_empty:
                 yield from self.verified([copy])
             else:
                 yield copy
@@ -101,7 +108,8 @@ class _Sources:
         """Yield what has to be read besides, to verify what is read."""
         for k in self._used:
             if self._checkpoints[k].checksums is not None:
-                for (file, start, n_bytes), unit in self._read[k].unread():
+                read = self._own.get(k) or self._shared.get(k)
+                for (file, start, n_bytes), unit in read.unread() if read else ():
                     place = Place(self._first_input[k] + file, start, None, unit)
                     yield Copy(n_bytes, place, ())
 

@@ -38,14 +38,13 @@ from ema_cli.tensors import (
     Tensor,
     numpy_dtype,
 )
-from ema_cli.text import plural, shorten, size
+from ema_cli.text import plural, shorten, size, with_article
 
 NAMES = ("auto", "shadow", "variable")
 OPTIMIZER = ("auto", "keep", "drop")
 UNKNOWN = ("refuse", "keep", "drop")
 # What a tensor that shows few bytes many times may become where every element is stored.
 EXPANSION_LIMIT = 1 << 30
-_FOLDER = folders.SAFETENSORS.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +85,20 @@ def output_format(path: str, wishes: Wishes, last: Checkpoint) -> str:
     if path.endswith("/") and row.kind == "file":
         raise UsageError(
             f"-o {shorten(path)}: expected the name of a file, found that of a directory",
-            f"-o {shorten(path)}average.safetensors, or a folder with --format {_FOLDER}",
+            f"-o {shorten(path)}average{row.suffix}, or a folder with --format {_folder(chosen)}",
         )
     if wishes.max_shard_size is not None and row.kind != "folder":
         raise UsageError(
-            f"--max-shard-size: a {row.title} is not written in shards",
-            f"write a folder with --format {_FOLDER}",
+            f"--max-shard-size: {with_article(row.title)} is not written in shards",
+            f"write a folder with --format {_folder(chosen)}",
         )
     return chosen
+
+
+def _folder(chosen: str) -> str:
+    """Return the format of folders whose files are like those of a format, or the usual one."""
+    torch = chosen.removesuffix("-folder") == "torch"
+    return (folders.TORCH if torch else folders.SAFETENSORS).name
 
 
 def output_names(wishes: Wishes, chosen: str, last: Index) -> str:
@@ -200,8 +205,13 @@ def lay_out(
     entries, unsayable = representable(entries, chosen)
     left_out += unsayable
     draft = draft or _fresh(entries, last, chosen, wishes)
+    if template:  # what is dropped with an object has no place
+        left_out += [
+            (e.source, "part of what is dropped") for e in entries if e.name not in draft.places
+        ]
+        entries = [entry for entry in entries if entry.name in draft.places]
     draft = _with_ties(draft, entries, last.index)
-    big_endian = chosen == last.index.format and last.index.big_endian
+    big_endian = _big_endian(draft, chosen, last)
     files = _with_local_steps(draft, entries, updates, big_endian)
     return Layout(
         output_path(path, chosen, last.step),
@@ -219,6 +229,19 @@ def lay_out(
         draft.own,
         draft.notes,
     )
+
+
+def _big_endian(draft: Draft, chosen: str, last: Checkpoint) -> bool:
+    same = chosen == last.index.format and last.index.big_endian
+    return same if draft.big_endian is None else draft.big_endian
+
+
+def _lost(unsayable: Sequence[tuple[str, str]]) -> list[str]:
+    """Return a note for the tensors that a format cannot hold, if there are any."""
+    if not unsayable:
+        return []
+    (name, reason), count = unsayable[0], plural(len(unsayable), "tensor")
+    return [f"{count} left out, the first is '{shorten(name)}': {reason}"]
 
 
 def _with_ties(draft: Draft, entries: Sequence[Entry], index: Index) -> Draft:
@@ -292,10 +315,10 @@ def lay_out_entries(
         draft.places,
         (*left_out, *unsayable),
         source,
-        big_endian=same and source.index.big_endian,
+        big_endian=_big_endian(draft, chosen, source),
         sums=draft.sums,
         own=draft.own,
-        notes=draft.notes,
+        notes=(*draft.notes, *_lost(unsayable)),
     )
 
 
@@ -310,13 +333,13 @@ def representable(
     for entry in entries:
         if entry.part != COPY and not row.representable(entry.dtype):
             raise UsageError(
-                f"a {row.title} cannot hold '{shorten(entry.name)}': expected another dtype than "
-                f"{entry.dtype}",
+                f"{with_article(row.title)} cannot hold '{shorten(entry.name)}': expected "
+                f"another dtype than {entry.dtype}",
                 "write the averages wider with --dtype float32, or in another format",
             )
     kept = [entry for entry in entries if row.representable(entry.dtype)]
     lost = [
-        (entry.source, f"a {row.title} cannot hold {entry.dtype}")
+        (entry.source, f"{with_article(row.title)} cannot hold {entry.dtype}")
         for entry in entries
         if not row.representable(entry.dtype)
     ]

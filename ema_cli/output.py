@@ -198,7 +198,8 @@ class Unpublished:
         row = FORMATS[self.layout.format]
         if not self.layout.template or row.known_as is None:
             return {}
-        return {row.known_as(self.layout): self.layout.last.index}
+        key = row.known_as(self.layout)
+        return {} if key is None else {key: self.layout.last.index}
 
     def publish(self, document: Mapping[str, Any]) -> None:
         """Give the output its name, the point after which it exists, and its provenance too."""

@@ -143,7 +143,7 @@ def make(request: Request) -> Plan:
     inputs, first_input = _inputs(run.checkpoints, used)
     last = run.checkpoints[used[-1]]
     selection = next(o.selection for o in outcomes if o.last is last)
-    ranges.check_shared(selection.averaged, indexes, destinations)
+    ranges.check_shared(indexes, destinations)
     averaged = ranges.averaged_ranges(selection.averaged, indexes, destinations, len(schedules))
     copies = _copies(outcomes, destinations, run.checkpoints, first_input)
     whole = list(ranges.file_copies(destinations, inputs))

@@ -141,43 +141,61 @@ def averaged_ranges(
     return [one._replace(elements=n) for one, n in zip(found, elements, strict=True)]
 
 
-def check_shared(
-    tensors: Iterable[Tensor], indexes: Sequence[Index], destinations: Sequence[Destination]
-) -> None:
+def check_shared(indexes: Sequence[Index], destinations: Sequence[Destination]) -> None:
     """Raise `Disagreement` where an output has one place for what has several averages.
 
     What shares bytes in an output must share them in every checkpoint, in the same way.
     """
-    names = [tensor.name for tensor in tensors if tensor.nbytes and not tensor.slices]
     for layout in (destination.layout for destination in destinations):
-        made = [layout.places[name] for name in names if layout.template and name in layout.places]
-        made.sort(key=lambda tensor: tensor.extent)
-        for first, second in _overlapping(made):
-            for index in indexes:
-                mine, other = index.by_name[first.name].extent, index.by_name[second.name].extent
-                apart = second.extent.offset - first.extent.offset
-                if (mine.file, mine.offset + apart) != other[:2]:
-                    raise Disagreement(
-                        f"tensors '{shorten(first.name)}' and '{shorten(second.name)}' share bytes "
-                        "in the last checkpoint but not in all others, so that they have two "
-                        "averages and one place",
-                        "leave those checkpoints out, or write another format: -o NAME.safetensors",
-                    )
+        made = [
+            (layout.places[entry.name], entry.source)
+            for entry in layout.entries
+            if entry.part in (AVERAGE, BIASED)
+        ]
+        made = [one for one in made if one[0].nbytes and not one[0].slices]
+        made.sort(key=lambda one: one[0].extent)
+        last = layout.last.index.by_name
+        for tensor, source in made:
+            shown_often = tensor.extent.nbytes < tensor.nbytes
+            if shown_often and any(i.by_name[source].strides != tensor.strides for i in indexes):
+                raise _two_averages(f"the elements of tensor '{shorten(source)}'")
+        for (first, mine), (second, other) in _overlapping(made):
+            apart = second.extent.offset - first.extent.offset
+            pairs = ((index.by_name[mine], index.by_name[other]) for index in indexes)
+            alike = (_alike(*pair, apart, (last[mine], last[other])) for pair in pairs)
+            if mine != other and not all(alike):
+                raise _two_averages(f"tensors '{shorten(mine)}' and '{shorten(other)}'")
 
 
-def _overlapping(made: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+def _two_averages(what: str) -> Disagreement:
+    return Disagreement(
+        f"{what} share bytes in the last checkpoint but not in all others: two averages would have "
+        "one place",
+        "leave those checkpoints out, or write another format: -o NAME.safetensors",
+    )
+
+
+def _alike(a: Tensor, b: Tensor, apart: int, as_in: tuple[Tensor, Tensor]) -> bool:
+    """Whether two tensors lie `apart` in one file, and each element where it does `as_in`."""
+    if (a.extent.file, a.extent.offset + apart) != b.extent[:2]:
+        return False
+    same = (a.shape, a.strides, a.extent) == (b.shape, b.strides, b.extent)
+    return same or (a.strides, b.strides) == tuple(t.strides for t in as_in)
+
+
+_Made = tuple[Tensor, str]
+
+
+def _overlapping(made: Iterable[_Made]) -> Iterator[tuple[_Made, _Made]]:
     """Yield each tensor, in the order of their bytes, with one before that reaches into it."""
-    widest: Tensor | None = None
-    for tensor in made:
-        file, offset, n_bytes = tensor.extent
-        end = (file, offset + n_bytes)
-        if widest is not None:
-            reached = (widest.extent.file, widest.extent.offset + widest.extent.nbytes)
-            if reached > (file, offset):
-                yield widest, tensor
-            if end <= reached:
-                continue
-        widest = tensor
+    widest: _Made | None = None
+    reached = (-1, 0)
+    for one in made:
+        file, offset, n_bytes = one[0].extent
+        if widest is not None and reached > (file, offset):
+            yield widest, one
+        if (file, offset + n_bytes) > reached:
+            widest, reached = one, (file, offset + n_bytes)
 
 
 def _stored_once(
@@ -262,7 +280,8 @@ def _follows(first: Range, elements: int, after: Range) -> bool:
         return False
     nbytes = elements * DTYPES[first.dtype].bits // 8
     for mine, place in zip(first.places, after.places, strict=True):
-        if mine.unit or (mine.file, mine.offset + nbytes) != place[:2]:
+        scattered = mine.grid or place.grid or mine.unit
+        if scattered or (mine.file, mine.offset + nbytes) != place[:2]:
             return False
     for targets, others in zip(first.targets, after.targets, strict=True):
         if not _continue(targets, elements, others):
@@ -357,8 +376,8 @@ def _bytes_of(
 
 def _copy_follows(before: Copy, after: Copy) -> bool:
     return (
-        not before.place.unit
-        and not after.place.unit
+        not (before.place.unit or before.place.grid)
+        and not (after.place.unit or after.place.grid)
         and before.place.file == after.place.file
         and before.place.offset + before.nbytes == after.place.offset
         and _continue(before.targets, before.nbytes, after.targets)

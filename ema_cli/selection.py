@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ema_cli.errors import Disagreement, NothingToAverage, UnsupportedInput
+from ema_cli.formats import FORMATS
 from ema_cli.naming import Rule, check_rules, role_in, ruling, variable_behind
 from ema_cli.tensors import Checkpoint, DType, Index, Role, Tensor, describe
-from ema_cli.text import near_misses, shorten
+from ema_cli.text import near_misses, shorten, with_article
 
 STATISTICS = ("average", "copy")
 
@@ -205,6 +206,7 @@ def check_agreement(
             continue
         checked.add(id(checkpoint.index))
         where = shorten(checkpoint.path, 1000)
+        _check_format(where, checkpoint.index, last, wanted)
         for tensor_name in wanted:
             _check_tensor(where, tensor_name, wanted, checkpoint.index)
             _check_full_name(where, tensor_name, last.index, checkpoint.index)
@@ -217,6 +219,16 @@ def check_agreement(
                     f"{where} has {describe(tensor.dtype, tensor.shape)}",
                     _exclude_hint(tensor.name),
                 )
+
+
+def _check_format(where: str, index: Index, last: Checkpoint, wanted: Iterable[str]) -> None:
+    """Say so when tensors are missing because another format calls them otherwise."""
+    if index.format != last.index.format and not all(name in index.by_name for name in wanted):
+        titles = [with_article(FORMATS[one.format].title) for one in (index, last.index)]
+        raise Disagreement(
+            f"{where}: {titles[0]} with other tensors than {shorten(last.path, 1000)}, {titles[1]}",
+            "choose those of one format with --glob",
+        )
 
 
 def _check_tensor(

@@ -27,6 +27,11 @@ def shorten(name: str, limit: int = 200) -> str:
     return printable(name)
 
 
+def with_article(title: str) -> str:
+    """Return ``an HDF5 file``, ``a NumPy archive``."""
+    return f"{'an' if title.startswith('HDF5') else 'a'} {title}"
+
+
 def plural(count: int, noun: str) -> str:
     """Return ``"1 tensor"``, ``"2 tensors"``, ``"12,000 tensors"``."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")

@@ -12,12 +12,14 @@ from ema_cli import kernel
 from ema_cli.averages import Average, Ema, HalfLife, Power
 from ema_cli.errors import EmaError
 from ema_cli.formats import FORMATS
+from ema_cli.formats.hdf5.names import NAME as HDF5
+from ema_cli.formats.hdf5.names import keras_layout
 from ema_cli.invocation import run_words
 from ema_cli.naming import OBJECT_GRAPH
 from ema_cli.plan import Outcome, Plan, Request
 from ema_cli.schedules import one_minus_decay, schedule
 from ema_cli.tensors import DTYPES
-from ema_cli.text import command, percent, plural, shorten, size
+from ema_cli.text import command, percent, plural, shorten, size, with_article
 
 # With init=zeros or zero_debias and num_updates the weights miss 1 by far more than rounding.
 _SUM_TOLERANCE = 1e-3
@@ -47,6 +49,7 @@ def warnings(plan: Plan, *, again: bool = False) -> list[PlanWarning]:
         found.extend(_sum(outcome))
         found.extend(_frozen(plan, outcome))
         found.extend(_names(plan.request, outcome))
+        found.extend(_suffix(outcome))
         found.extend(PlanWarning(*caution) for caution in outcome.last.index.cautions)
     found = list(dict.fromkeys(found))
     if len(plan.run.checkpoints) == 1:
@@ -181,6 +184,21 @@ def _frozen(plan: Plan, outcome: Outcome) -> Iterator[PlanWarning]:
             )
 
 
+def _suffix(outcome: Outcome) -> Iterator[PlanWarning]:
+    """Keras tells its layouts by what a file is called: `.weights.h5` is that of Keras 3."""
+    layout = outcome.layout
+    if layout.format != HDF5 or not layout.path:
+        return
+    found = keras_layout(layout.places, "keras_version" in outcome.last.index.metadata)
+    named = layout.path.endswith(".weights.h5")
+    if named and found != "keras 3":
+        message = "Keras looks for its own paths in a .weights.h5 file, layers/NAME/vars/0"
+        yield PlanWarning("keras-suffix", f"{message}: it will not load this one", "-o NAME.h5")
+    elif found == "keras 3" and not named:
+        message = "Keras takes a .h5 file for its older layout: it will not load this one"
+        yield PlanWarning("keras-suffix", message, "-o NAME.weights.h5")
+
+
 def _names(request: Request, outcome: Outcome) -> Iterator[PlanWarning]:
     lost = [name for name, reason in outcome.layout.left_out if reason == "optimizer state"]
     if lost and OBJECT_GRAPH in outcome.layout.places:
@@ -197,7 +215,7 @@ def _names(request: Request, outcome: Outcome) -> Iterator[PlanWarning]:
         title = FORMATS[outcome.layout.format].title
         yield PlanWarning(
             "shadow-names",
-            f"a {title} with shadow names: its loaders {found}",
+            f"{with_article(title)} with shadow names: its loaders {found}",
             "leave out --names shadow",
         )
     elif OBJECT_GRAPH in outcome.layout.places:

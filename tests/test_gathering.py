@@ -187,35 +187,38 @@ def test_what_was_put_is_fetched(one: Stored, size: int) -> None:
 
 
 CHANNELS_LAST = ((64, 32, 3, 3), (288, 1, 96, 32))
+# A tensor, with the reads it may take and the writes it needs: what lies between its elements may
+# be read, but never written.
 WHOLE = {
-    "transposed": (stored((300, 200), (1, 300)), 1),
-    "channels last": (stored(*CHANNELS_LAST), 1),
-    "every other element": (stored((500,), (2,)), 500),
-    "every other row": (stored((40, 100), (200, 1)), 40),
-    "a transposed half": (stored((100, 200), (1, 300)), 200),
-    "one element shown often": (stored((100, 200), (0, 0)), 1),
-    "a row shown often": (stored((100, 200), (0, 1)), 1),
-    "a column shown often": (stored((100, 200), (1, 0)), 1),
+    "transposed": (stored((300, 200), (1, 300)), 1, 1),
+    "channels last": (stored(*CHANNELS_LAST), 1, 1),
+    "every other element": (stored((500,), (2,)), 1, 500),
+    "every other row": (stored((40, 100), (200, 1)), 1, 40),
+    "rows far apart": (stored((40, 100), (20_000, 1)), 40, 40),
+    "a transposed half": (stored((100, 200), (1, 300)), 1, 200),
+    "one element shown often": (stored((100, 200), (0, 0)), 1, 1),
+    "a row shown often": (stored((100, 200), (0, 1)), 1, 1),
+    "a column shown often": (stored((100, 200), (1, 0)), 1, 1),
 }
 
 
 @pytest.mark.parametrize("case", WHOLE)
 def test_a_whole_tensor_takes_few_reads_and_writes(case: str) -> None:
-    """One for each run of bytes in the file, whatever the order of the elements."""
-    one, expected = WHOLE[case]
+    """One write for each run of bytes in the file, and no more reads."""
+    one, most_reads, needed = WHOLE[case]
     elements = math.prod(one.shape)
     block, reads = fetched(one, 0, elements)
     assert block.tobytes() == one.values.tobytes()
-    assert len(reads.calls) == expected
+    assert len(reads.calls) <= most_reads
     writes = Writes(one.content.nbytes)
     gathering.put(one.grid, one.offset, 0, block, writes)
-    assert len(writes.calls) == expected
+    assert len(writes.calls) == needed
 
 
 @pytest.mark.parametrize("case", ["transposed", "channels last"])
 def test_blocks_of_a_tensor_take_few_reads(case: str) -> None:
     """Far fewer than elements: a block of whole rows has a stretch for each column."""
-    one, _ = WHOLE[case]
+    one = WHOLE[case][0]
     elements, calls = math.prod(one.shape), 0
     for at in range(0, elements, 20_000):
         calls += len(fetched(one, at, min(20_000, elements - at))[1].calls)
@@ -229,7 +232,7 @@ def test_a_wide_transposed_tensor_is_not_read_element_by_element() -> None:
     calls = 0
     for at in range(0, rows * columns, 4 * columns + 7):
         calls += len(fetched(one, at, min(4 * columns + 7, rows * columns - at))[1].calls)
-    assert calls < rows * columns / 2
+    assert calls < rows * columns / 10
 
 
 # ---------------------------------------------------------------------------- which way

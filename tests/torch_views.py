@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -12,7 +13,10 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from exact import tensorflow_coefficient
+from helpers import read_checkpoint
 
+import ema_cli
 from ema_cli.formats import zips
 from ema_cli.formats.torch.encoding import encode
 from ema_cli.formats.torch.nodes import Ordered, StorageRef, TensorRef
@@ -60,8 +64,14 @@ def write_views(
     storages: Mapping[str, Array],
     tensors: Mapping[str, View],
     around: Mapping[str, Any] | None = None,
+    *,
+    big_endian: bool = False,
+    checked: bool = True,
 ) -> Path:
-    """Write a file as `torch.save` does: a state_dict, or one under "model" with more around it."""
+    """Write a file as `torch.save` does: a state_dict, or one under "model" with more around it.
+
+    `big_endian` as a machine of that kind does; `checked`: with CRCs, else with zeros.
+    """
     refs = {
         key: StorageRef(key, base.dtype.name, len(base), "cpu") for key, base in storages.items()
     }
@@ -71,17 +81,88 @@ def write_views(
     )
     root = state if around is None else {"model": state, **around}
     parts = {"data.pkl": encode(root), ".format_version": b"1", ".storage_alignment": b"64"}
-    parts["byteorder"] = b"little"
-    parts |= {f"data/{key}": base.tobytes() for key, base in storages.items()}
+    parts["byteorder"] = b"big" if big_endian else b"little"
+    order = ">" if big_endian else "<"
+    for key, base in storages.items():
+        swapped = base.view(f"u{base.itemsize}").astype(f"{order}u{base.itemsize}")
+        parts[f"data/{key}"] = swapped.tobytes()
     parts |= {"version": b"3\n", ".data/serialization_id": b"7" * 40}
     members = [zips.NewMember(f"archive/{name}", raw, len(raw)) for name, raw in parts.items()]
     laid = zips.lay_out(members, torch=True)
     raw = bytearray(laid.total)
     for offset, data in laid.literals:
         raw[offset : offset + len(data)] = data
+    for at in itertools.chain(*laid.crc_at) if not checked else ():
+        raw[at : at + 4] = bytes(4)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(raw)
     return path
+
+
+def span(view: View) -> int:
+    """Return how many elements its storage needs."""
+    if 0 in view.shape:
+        return view.offset
+    pairs = zip(view.shape, view.strides, strict=True)
+    return view.offset + 1 + sum((n - 1) * stride for n, stride in pairs)
+
+
+class ViewRun:
+    """A run of three files, ``model-1.pt`` and so on; the storages of each, to compare with."""
+
+    def __init__(
+        self,
+        folder: Path,
+        views: Mapping[str, View] | Sequence[Mapping[str, View]],
+        dtype: Any = np.float32,
+    ) -> None:
+        self.folder = folder
+        self.views = [views] * 3 if isinstance(views, Mapping) else list(views)
+        self.storages = [_filled(one, k, dtype) for k, one in enumerate(self.views)]
+        for k in range(3):
+            self.write(k)
+
+    def path(self, k: int) -> Path:
+        """Return the path of checkpoint `k`, counted from 0."""
+        return self.folder / f"model-{k + 1}.pt"
+
+    def write(self, k: int) -> None:
+        """Write a checkpoint again, whose storages were changed."""
+        write_views(self.path(k), self.storages[k], self.views[k])
+
+    def values(self, name: str) -> list[Array]:
+        """Return what each checkpoint has of a tensor."""
+        pairs = zip(self.views, self.storages, strict=True)
+        return [shown(views[name], storages) for views, storages in pairs]
+
+    def expected(self, name: str) -> Array:
+        """Return the average of decay 0.9 by NumPy, whole arrays at a time."""
+        values = self.values(name)
+        wide = np.dtype(np.float32) if values[0].itemsize == 2 else values[0].dtype
+        c = wide.type(float(tensorflow_coefficient(0.9, None)))
+        shadow = values[0].astype(wide)
+        for value in values[1:]:
+            shadow = np.asarray(shadow - np.asarray(shadow - value.astype(wide)) * c)
+        return shadow.astype(values[0].dtype)
+
+    def averaged(self, out: Path, **options: Any) -> dict[str, Array]:
+        """Average with decay 0.9; returns what is in the output, read by other means than ours."""
+        ema_cli.average_run(self.folder, out, decay=0.9, names="variable", **options)
+        if out.suffix == ".pt":
+            return dict(load(out))
+        if out.suffix == ".npz":
+            with np.load(out) as archive:
+                return dict(archive)
+        return read_checkpoint(out)
+
+
+def _filled(views: Mapping[str, View], seed: int, dtype: Any) -> dict[str, Array]:
+    """Return storages of random numbers, with some more elements than the views need."""
+    needed: dict[str, int] = {}
+    for view in views.values():
+        needed[view.storage] = max(needed.get(view.storage, 0), span(view) + 3)
+    rng = np.random.default_rng(seed)
+    return {key: rng.normal(size=n).astype(dtype) for key, n in needed.items()}
 
 
 def storage_place(path: Path, key: str) -> tuple[int, int]:
@@ -107,6 +188,8 @@ class _Loader(pickle.Unpickler):
             return OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return _rebuilt
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda array, requires_grad, hooks: array
         if module == "torch" and name in STORAGES:
             return name
         raise AssertionError(f"{module}.{name}")

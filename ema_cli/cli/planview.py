@@ -29,6 +29,7 @@ BATCH_NORM = (
     "batch-norm statistics are averaged too; with training data at hand, recompute them "
     "(torch.optim.swa_utils.update_bn)"
 )
+LOAD = "safetensors.numpy.load_file({})"
 PLAIN_BATCH_NORM = "batch-norm statistics are averaged too (--statistics copy takes the last)"
 KERAS_BATCH_NORM = (
     "batch-norm statistics are averaged too (--statistics copy takes the last, as Keras does)"
@@ -172,7 +173,8 @@ def loading(outcome: Outcome) -> str:
         names = [file.name for file in layout.files]
         if "config.json" not in names:
             weights = os.path.join(path, names[0])
-            return f"safetensors.numpy.load_file({shorten(weights, 1000)!r})"
+            call = "torch.load({}, weights_only=True)" if layout.format == "torch-folder" else LOAD
+            return call.format(f"{shorten(weights, 1000)!r}")
         return f"AutoModel.from_pretrained({shorten(path, 1000)!r})"
     if layout.kind == "prefix":
         return _restoring(layout)
@@ -183,16 +185,24 @@ def loading(outcome: Outcome) -> str:
 
 def _call(outcome: Outcome) -> str:
     """Return the line of code that loads a single file, with ``{}`` for its path."""
-    index = outcome.last.index
-    plain = not any("weights_only=False" in note for note in outcome.layout.notes)
-    whole = "model_config" in index.metadata and outcome.layout.format == index.format
+    from ema_cli.formats.hdf5.names import keras_layout
+
+    layout = outcome.layout
+    kind = keras_layout(layout.places, "keras_version" in outcome.last.index.metadata)
+    keras = {
+        "": "h5py.File({})",
+        "whole model": "keras.saving.load_model({})",
+        "older weights": "model.load_weights({})",
+        "keras 3": "model.load_weights({})",
+    }
+    plain = not any("weights_only=False" in note for note in layout.notes)
     calls = {
         "torch": f"torch.load({{}}, weights_only={plain})",
         "keras": "keras.saving.load_model({})",
-        "hdf5": "keras.saving.load_model({})" if whole else "model.load_weights({})",
+        "hdf5": keras[kind],
         "npz": "numpy.load({})",
     }
-    return calls.get(outcome.layout.format, "safetensors.numpy.load_file({})")
+    return calls.get(layout.format, LOAD)
 
 
 def _restoring(layout: Layout) -> str:

@@ -19,7 +19,7 @@ from ema_cli.formats import folders, foreign, hdf5, npz, safetensors, tensorflow
 from ema_cli.formats.detection import detect, start_of
 from ema_cli.formats.known import Known
 from ema_cli.tensors import Checkpoint, DType, Extent, Tensor
-from ema_cli.text import shorten
+from ema_cli.text import shorten, with_article
 
 __all__ = ["FORMATS", "Format", "Known", "detect", "read", "read_as"]
 
@@ -68,7 +68,7 @@ class Format(NamedTuple):
     also: tuple[str, ...] = ()
     plain_names: bool = False
     spill: Callable[[Checkpoint, Collection[str], str], None] | None = None
-    known_as: Callable[[Layout], tuple[Any, ...]] | None = None
+    known_as: Callable[[Layout], tuple[Any, ...] | None] | None = None
     opaque_checksums: Callable[[Checkpoint, Tensor], tuple[int, int]] | None = None
     reference_check: Callable[[Iterable[str]], None] | None = None
 
@@ -127,6 +127,7 @@ FORMATS: Mapping[str, Format] = {
         checksum=CRC32,
         nested=True,
         plain_names=True,
+        known_as=torch.template_known_as,
     ),
     folders.TORCH.name: Format(
         "Hugging Face folder of PyTorch files",
@@ -205,8 +206,8 @@ def read_as(name: str, path: str, known: Known, key: str = "") -> Checkpoint:
         path = folders.only_file(path) or path
     if key and not row.nested:
         raise UsageError(
-            f"--key {shorten(key)}: {shorten(path, 1000)} is a {row.title}, which holds nothing "
-            "but one model",
+            f"--key {shorten(key)}: {shorten(path, 1000)} is {with_article(row.title)}, "
+            "which holds nothing but one model",
             "leave out --key",
         )
     checkpoint = row.read(path, known, key)

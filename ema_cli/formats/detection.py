@@ -9,7 +9,7 @@ from ema_cli.formats import folders, hdf5, npz, safetensors, tensorflow, torch
 
 _START = 512
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06")
-# A local header of a zip file: 30 bytes, with the length of the name that follows at 26.
+# A local header of a zip file: 30 bytes, with the length of the name that follows at 26, u16le.
 _NAME_LENGTH, _NAME = 26, 30
 
 
@@ -63,7 +63,7 @@ def _file(path: str) -> str | None:
 
 def _zip(start: bytes, suffix: str) -> str:
     """Return the format of a zip file, by its first member or else by its suffix."""
-    length = int.from_bytes(start[_NAME_LENGTH:_NAME], "little")
+    length = int.from_bytes(start[_NAME_LENGTH : _NAME_LENGTH + 2], "little")
     first = start[_NAME : _NAME + length]
     if first.endswith(b".npy") or (suffix == npz.SUFFIX and b"/data.pkl" not in first):
         return npz.NAME

@@ -64,11 +64,6 @@ def sniff(start: bytes) -> bool:
     return start.startswith((b"PK\3\4", b"PK\5\6"))
 
 
-def is_npz(archive: Archive) -> bool:
-    """Whether all members are .npy arrays by their names."""
-    return all(member.name.endswith(_MEMBER_SUFFIX) for member in archive.members)
-
-
 def read(path: str, known: Known, key: str = "") -> Checkpoint:
     """Return the checkpoint in the file `path`: its checked headers, no tensor data.
 

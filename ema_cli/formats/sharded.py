@@ -84,24 +84,26 @@ class Shards:
         """Return the checkpoint in a folder, or behind an index file given by its own path."""
         if path.endswith(self.index_suffix):
             folder, index_name = os.path.split(path)
-            return self._read_sharded(path, folder, index_name, known)
+            return self._read_sharded(path, folder, index_name, known, key)
         indexes, weights = self.contents(path)
         single = [name for name in weights if name + ".index.json" in indexes]
         if single or (not indexes and len(weights) == 1):
             return self._assemble(path, path, [(single or weights)[0]], known, key)
         if len(indexes) == 1:
-            return self._read_sharded(path, path, indexes[0], known)
+            return self._read_sharded(path, path, indexes[0], known, key)
         found = f"{len(indexes)} indexes and {len(weights)} weights files"
         raise InputError(
             f"{shorten(path, 1000)}: expected one index or one weights file, found {found}",
             "name the index file itself" if indexes else "",
         )
 
-    def _read_sharded(self, path: str, folder: str, index_name: str, known: Known) -> Checkpoint:
+    def _read_sharded(
+        self, path: str, folder: str, index_name: str, known: Known, key: str
+    ) -> Checkpoint:
         index_path = os.path.join(folder, index_name)
         weight_map, total_size = self._weight_map(index_path)
         shards = sorted(set(weight_map.values()))
-        checkpoint = self._assemble(path, folder, shards, known)
+        checkpoint = self._assemble(path, folder, shards, known, key)
         _check_weight_map(index_path, weight_map, checkpoint.index)
         notes: tuple[str, ...] = ()
         if total_size is not None and total_size != checkpoint.index.nbytes:
@@ -139,7 +141,7 @@ class Shards:
         )
 
     def _assemble(
-        self, path: str, folder: str, shards: Sequence[str], known: Known, key: str = ""
+        self, path: str, folder: str, shards: Sequence[str], known: Known, key: str
     ) -> Checkpoint:
         """Return one checkpoint made of the `shards`, whose order gives `Extent.file`."""
         parts = [self.part.read(os.path.join(folder, name), known, key) for name in shards]
@@ -169,7 +171,7 @@ class Shards:
         drafts = []
         for ordinal, stamp in enumerate(last.files):
             mine = [t for t in averaged if t.extent.file == ordinal]
-            part = self.part.read(stamp.path, {}, "")
+            part = self.part.read(stamp.path, {}, last.key)
             inside = [t._replace(extent=t.extent._replace(file=0)) for t in mine]
             drafts.append(self.part.template(part, inside, unknown))
         whole = [draft for draft in drafts if draft is not None]
@@ -230,7 +232,8 @@ def _combined(names: Sequence[str], drafts: Sequence[Draft]) -> Draft:
     }
     sums = tuple(e._replace(file=k) for k, draft in enumerate(drafts) for e in draft.sums)
     notes = tuple(dict.fromkeys(note for draft in drafts for note in draft.notes))
-    return Draft(files, places, sums, tuple(draft.own for draft in drafts), notes)
+    own = tuple(draft.own for draft in drafts)
+    return Draft(files, places, sums, own, notes, drafts[0].big_endian)
 
 
 def _json_object(path: str, limit: int) -> dict[str, Any]:

@@ -184,7 +184,8 @@ def _member(window: Window, entry: Entry, directory_at: int, end: int) -> Member
     _check_local(window, entry, fields, name_end)
     crc_at = [entry.header + LOCAL_CRC, directory_at + entry.crc_at]
     if entry.flags & DESCRIPTOR:
-        crc_at[0] = _descriptor(window, entry, data_end, end)
+        told = [crc_at[0]] if fields[6] else []  # in the local header too
+        crc_at = [*told, _descriptor(window, entry, data_end, end), crc_at[1]]
     elif data_end != end:
         raise damaged(path, name, f"{end - data_end:,} unexpected bytes follow it")
     start = window.start
@@ -195,7 +196,7 @@ def _member(window: Window, entry: Entry, directory_at: int, end: int) -> Member
         entry.size,
         entry.method,
         entry.crc,
-        (start + crc_at[0], start + crc_at[1]),
+        tuple(start + at for at in crc_at),
     )
 
 

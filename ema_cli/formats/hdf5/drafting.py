@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ema_cli.blueprint import Draft, Entry, File
@@ -25,6 +25,8 @@ from ema_cli.formats.hdf5.names import (
     blocked,
     dataset_path,
     natural,
+    parted,
+    plain_group,
     shadows_of,
     tensor_name,
 )
@@ -189,8 +191,8 @@ class _Sheet:
         marks = self._marks()
         if self._own is None:
             return [[path, None, marks.get(path, {})] for path in sorted(kept, key=natural)]
-        kept |= set(self._kept_groups())
-        lists = _Lists(self._own, self.rows, kept).by_group()
+        kept |= {group for path in self._kept_groups() for group in (path, *ancestors(path))}
+        lists = _Lists(self._own, self.rows, self._shadows, kept).by_group()
         structure, likes = self._own.structure, self._likes()
         rows = []
         for path in sorted(kept, key=natural):
@@ -225,47 +227,79 @@ class _Sheet:
         return like
 
     def _kept_groups(self) -> Iterator[str]:
-        """Yield the groups of the last file but for those that lost all their tensors."""
+        """Yield the groups of the last file but for those that lost all their tensors.
+
+        What is in a group without tensors, or lists layers, stays where only shadows are left.
+        """
         assert self._own is not None  # noqa: S101  # asked by `groups` then only
         filled = {g for d in self._own.datasets.values() for g in ancestors(d.path)}
-        for path in self._own.structure.groups:
+        gone = filled - {plain_group(group, self._shadows) for group in self._needed}
+        gone -= self._needed
+        for path, attributes in self._own.structure.groups.items():
+            empty = path in filled and path not in self._needed and "layer_names" not in attributes
             inside = path in self._paths or any(g in self._paths for g in ancestors(path))
-            lost = any(g in filled and g not in self._needed for g in (path, *ancestors(path)))
-            if not inside and not lost:
+            lost = any(g in gone for g in (path, *ancestors(path)))
+            if not (empty or inside or lost):
                 yield path
 
 
 class _Lists:
-    """The lists of names of the last file's groups, for what is there now."""
+    """The lists of names of the last file's groups, for what is there now.
 
-    def __init__(self, own: Own, rows: Sequence[_Row], kept: set[str]) -> None:
+    Those in a tree of shadows name the variables, also those that lie in none: as the tensors lie
+    apart, only they tell the order in which Keras expects them, for when a file has one set again.
+    """
+
+    def __init__(
+        self, own: Own, rows: Sequence[_Row], shadows: Shadows, kept: Collection[str]
+    ) -> None:
         self._own = own
+        self._shadows = shadows
         self._kept = kept
+        self._there = {plain_group(group, shadows) for group in kept}
         self._made_of: dict[str, list[str]] = {}
         for entry, path in sorted(rows, key=lambda row: natural(row.entry.name)):
-            self._made_of.setdefault(own.datasets[entry.source].path, []).append(path)
+            variable, _ = parted(own.datasets[entry.source].path, own.shadows)
+            self._made_of.setdefault(variable, []).append(path)
 
     def by_group(self) -> dict[str, dict[str, list[str]]]:
         """Return the lists by group and attribute."""
+        layers, weights = self._known("layer_names"), self._known("weight_names")
         found: dict[str, dict[str, list[str]]] = {}
-        for group, attributes in self._own.structure.groups.items():
-            if group in self._kept:
-                for name, values in attributes.items():
-                    if name == "layer_names":
-                        found.setdefault(group, {})[name] = self._layers(group, values)
-                    elif name == "weight_names":
-                        found.setdefault(group, {})[name] = self._weights(group, values)
+        for group in self._kept:
+            plain = plain_group(group, self._shadows)
+            inner = f"{plain}/" if plain else ""
+            lists = found.setdefault(group, {})
+            if plain in layers:
+                there = self._kept if plain == group else self._there
+                lists["layer_names"] = [
+                    path.removeprefix(inner) for path in layers[plain] if path in there
+                ]
+            if plain in weights:
+                made = self._made(weights[plain], names_variables=plain != group)
+                lists["weight_names"] = [
+                    path.removeprefix(inner) for path in made if path.startswith(inner)
+                ]
         return found
 
-    def _layers(self, group: str, values: Sequence[str]) -> list[str]:
-        inner = f"{group}/" if group else ""
-        return [value for value in values if inner + value in self._kept]
-
-    def _weights(self, group: str, values: Sequence[str]) -> list[str]:
-        """Return what became of weights, each followed by its shadows."""
-        inner = f"{group}/" if group else ""
-        found = []
-        for source in (inner + value for value in values):
-            made = self._made_of.get(source, ())
-            found += [path.removeprefix(inner) for path in made if path.startswith(inner)]
+    def _known(self, name: str) -> dict[str, dict[str, None]]:
+        """Return the paths of the layers or variables that the last file lists, by group."""
+        shadows = self._own.shadows
+        found: dict[str, dict[str, None]] = {}
+        groups = [
+            (plain_group(group, shadows), group, attributes[name])
+            for group, attributes in self._own.structure.groups.items()
+            if name in attributes
+        ]
+        for plain, _, values in sorted(groups, key=lambda row: row[0] == row[1]):  # trees first
+            inner = f"{plain}/" if plain else ""
+            paths = found.setdefault(plain, {})
+            paths.update((parted(inner + value, shadows)[0], None) for value in values)
         return found
+
+    def _made(self, variables: Iterable[str], *, names_variables: bool) -> Iterable[str]:
+        """Return what became of variables, each followed by its shadows; or the variables."""
+        made = [path for variable in variables for path in self._made_of.get(variable, ())]
+        if names_variables:
+            return dict.fromkeys(parted(path, self._shadows)[0] for path in made)
+        return made

@@ -32,6 +32,8 @@ _LEAST_SECONDS, _LISTED_PER_SECOND, _LONGEST_LISTING = 0.5, 256 << 10, 240.0
 _LEAST_MEMORY, _MOST_MEMORY, _PER_BYTE, _PER_OBJECT = 64 << 20, 1 << 30, 16, 4096
 _BYTES_PER_SECOND = 4 << 20
 _BUILT_PER_SECOND = 500
+# A new file holds what the library keeps of each object until all is written.
+_BUILT_OBJECT = 24 << 10
 _FAREWELL_SECONDS = 5.0
 _LITERAL_LIMIT = 1 << 30
 # How long its answers may be: to tell a file takes less than it has.
@@ -262,7 +264,7 @@ def build(path: str, request: Mapping[str, Any], source: tuple[int, Window] | No
     window = source[1] if source else None
     objects = len(request["datasets"]) + len(request["groups"])
     seconds = 1 + objects // _BUILT_PER_SECOND + (_seconds(window) if window else 0)
-    memory = _memory(objects * _PER_OBJECT + (window.nbytes if window else 0) * _PER_BYTE)
+    memory = _memory(objects * _BUILT_OBJECT + (window.nbytes if window else 0) * _PER_BYTE)
     limit = _SHORT + objects * _BUILT_BYTES
     bounds = {"seconds": seconds, "memory": memory, "limit": limit}
     with _asked(path, {**request, **bounds, "do": "build", "window": window}, fds) as connection:

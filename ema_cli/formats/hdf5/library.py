@@ -48,7 +48,6 @@ __all__ = [
 ATTRIBUTE_BYTES = 64 << 20
 ATTRIBUTE_COUNT = 1 << 12
 ELEMENT_COUNT = 1 << 20
-CHUNK_BYTES = 128 << 20
 
 LAYOUTS = {h5d.COMPACT: "compact", h5d.CONTIGUOUS: "contiguous", h5d.CHUNKED: "chunked"}
 # Deflate, shuffle and Fletcher-32 come with HDF5, LZF with h5py; others are plug-ins, or built

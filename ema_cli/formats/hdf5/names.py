@@ -34,6 +34,21 @@ _DIGITS = re.compile(r"(\d+)")
 _USUAL = (f"{SHADOW_NAME}/biased", f"{SHADOW_NAME}/local_step", SHADOW_NAME)
 
 
+def keras_layout(tensors: Collection[str], keras_version: bool) -> str:
+    """Return ``keras 3``, ``whole model``, ``older weights``, or empty for none of Keras's layouts.
+
+    Args:
+        tensors: the names in a file.
+        keras_version: whether it has the attribute of that name, as older layouts have.
+    """
+    firsts = {name.split("/", 1)[0] for name in tensors}
+    if "layers" in firsts and not keras_version:
+        return "keras 3"
+    if keras_version:
+        return "whole model" if "model_weights" in firsts else "older weights"
+    return ""
+
+
 class Shadows(NamedTuple):
     """Where shadows lie.
 
@@ -48,16 +63,31 @@ class Shadows(NamedTuple):
 
 def tensor_name(path: str, shadows: Shadows) -> str:
     """Return what the tensor in the dataset `path` (without a leading "/") is called."""
+    variable, end = parted(path, shadows)
+    return f"{variable}/{end}" if end else path
+
+
+def parted(path: str, shadows: Shadows) -> tuple[str, str]:
+    """Return the dataset of the variable whose shadow lies in `path`, and the shadow's end.
+
+    What is no shadow is a variable here: (`path`, "").
+    """
     for end, tree in shadows.trees:
         if path.startswith(f"{tree}/"):
-            return f"{path[len(tree) + 1 :]}/{end}"
+            return path[len(tree) + 1 :], end
     output = _OUTPUT.search(path)
     if output is not None:
         for end in shadows.ends:
             variable = path[: output.start()].removesuffix(f"/{end}")
             if variable and variable != path[: output.start()]:
-                return f"{variable}{output[0]}/{end}"
-    return path
+                return f"{variable}{output[0]}", end
+    return path, ""
+
+
+def plain_group(group: str, shadows: Shadows) -> str:
+    """Return the group of the variables whose shadows lie in `group`; itself outside of trees."""
+    root, _, inner = group.partition("/")
+    return inner if any(root == tree for _, tree in shadows.trees) else group
 
 
 def dataset_path(name: str, shadows: Shadows) -> str:

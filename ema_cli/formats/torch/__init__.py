@@ -59,6 +59,16 @@ def template(last: Checkpoint, averaged: Sequence[Tensor], unknown: str = "refus
     return drafting.template(last, averaged, unknown)
 
 
+def template_known_as(layout: Layout) -> tuple[object, ...] | None:
+    """Return the key in `Known` of a copy, whose pickle is that of the last checkpoint."""
+    from ema_cli.formats.torch import indexing, reading
+
+    if not layout.files[0].copy_of:
+        return None
+    contents = reading.contents_of(layout.last.files[0])
+    return indexing.same_as(contents, layout.files[0].nbytes, layout.last.key)
+
+
 def fresh(wanted: Sequence[Entry], last: Checkpoint, limit: int | None) -> Draft:
     """Return a new state_dict; see `drafting.fresh`. `limit` is for other formats."""
     from ema_cli.formats.torch import drafting

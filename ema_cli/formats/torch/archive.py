@@ -9,11 +9,14 @@ be told to leave them all 0.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from typing import Any
 
 from ema_cli.errors import DamagedFile, UnsupportedInput
 from ema_cli.formats import zips
 from ema_cli.formats.torch.indexing import Contents, Stored
 from ema_cli.formats.torch.machine import load
+from ema_cli.formats.torch.nodes import Global
 from ema_cli.formats.zips import STORED, Archive, Member
 from ema_cli.tensors import Stamp
 from ema_cli.text import shorten
@@ -39,19 +42,30 @@ def contents(fd: int, file: Stamp) -> Contents:
     _refuse_script(file.path, archive, stem)
     # torch.serialization.set_crc32_options(False) leaves every CRC 0.
     unchecked = not any(member.crc for member in archive.members)
+    for member in archive.members:  # what no tensor lies in comes along in copies
+        if member is not pickled and not member.name.startswith(f"{stem}data/"):
+            zips.inflate_to(fd, file.path, member, _ignore, unchecked=unchecked)
     data = zips.member_bytes(fd, file.path, pickled, PICKLE_LIMIT, unchecked=unchecked)
-    root, end, names = load(data, file.path, PICKLE)
-    if end != len(data):
-        raise DamagedFile(file.path, f"{PICKLE}: {len(data) - end:,} bytes follow its end")
+
+    def parse() -> tuple[Any, Sequence[Global]]:
+        root, end, names = load(data, file.path, PICKLE)
+        if end != len(data):
+            raise DamagedFile(file.path, f"{PICKLE}: {len(data) - end:,} bytes follow its end")
+        return root, names
+
     return Contents(
-        root,
-        names,
+        parse,
         _storages(file.path, archive, f"{stem}data/"),
         _big_endian(fd, file.path, archive.by_name.get(f"{stem}byteorder"), unchecked),
         hashlib.sha256(archive.directory + data).hexdigest(),
+        hashlib.sha256(f"{archive.structure()} {unchecked} ".encode() + data).hexdigest(),
         not unchecked,
         cloned=True,
     )
+
+
+def _ignore(data: memoryview) -> None:
+    del data
 
 
 def _pickle(path: str, archive: Archive) -> Member:

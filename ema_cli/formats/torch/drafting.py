@@ -59,7 +59,8 @@ def template(last: Checkpoint, averaged: Sequence[Tensor], unknown: str) -> Draf
     contents = contents_of(last.files[0])
     if not contents.cloned:
         return None
-    verdict = judge(contents.globals)
+    own = last.index.own
+    verdict = own.verdict if isinstance(own, Own) else judge(contents.globals)
     if verdict.unknown and unknown == DROP:
         return rewriting.rewritten(last, contents, averaged)
     if verdict.unknown and unknown != KEEP:
@@ -127,7 +128,8 @@ def fresh(entries: Sequence[Entry], last: Checkpoint) -> Draft:
         root.attributes["_metadata"] = metadata
     big_endian = last.index.format == NAME and last.index.big_endian
     made = storing.lay_out("", root, items, big_endian=big_endian)
-    return Draft([made.file], made.places, tuple(made.crc_at), made.crc_at)
+    sums = tuple(made.crc_at)
+    return Draft([made.file], made.places, sums, made.crc_at, big_endian=big_endian)
 
 
 def _metadata(last: Checkpoint, entries: Sequence[Entry]) -> object:

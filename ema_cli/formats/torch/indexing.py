@@ -5,8 +5,10 @@ A tensor is a view of a storage: it has an offset and strides there, and several
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +18,7 @@ from ema_cli.formats.known import Known
 from ema_cli.formats.torch import models
 from ema_cli.formats.torch.models import Named
 from ema_cli.formats.torch.nodes import Global, StorageRef, TensorRef
+from ema_cli.formats.torch.policy import Verdict, judge
 from ema_cli.formats.torch.survey import Survey
 from ema_cli.tensors import DTYPES, Checkpoint, Extent, Index, Stamp, Tensor
 from ema_cli.text import shorten
@@ -44,52 +47,82 @@ class Stored(NamedTuple):
     crc_at: tuple[int, ...] = ()
 
 
-class Contents(NamedTuple):
+@dataclass(frozen=True)
+class Contents:
     """What a file holds, whichever of the two kinds it is.
 
     Attributes:
-        root: what its pickle says.
-        globals: the names its pickle mentions.
+        parse: returns what its pickle says and the names it mentions; called once, if at all.
         storages: by key.
         big_endian: its byte order.
         digest: SHA-256 of all but the storages.
+        alike: the same without checksums, equal where only storages differ; or empty.
         checked: whether it has checksums.
         cloned: whether a copy in which only storages differ is as good as the file itself.
     """
 
-    root: Any
-    globals: Sequence[Global]
+    parse: Callable[[], tuple[Any, Sequence[Global]]]
     storages: Mapping[str, Stored]
     big_endian: bool
     digest: str
+    alike: str
     checked: bool
     cloned: bool
 
+    @functools.cached_property
+    def _said(self) -> tuple[Any, Sequence[Global]]:
+        return self.parse()
+
+    @property
+    def root(self) -> Any:
+        """What its pickle says."""
+        return self._said[0]
+
+    @property
+    def globals(self) -> Sequence[Global]:
+        """The names its pickle mentions."""
+        return self._said[1]
+
 
 class Own(NamedTuple):
-    """What is kept of a file to write one like it: the path of the model in it."""
+    """What is kept of a file to write one like it.
+
+    Attributes:
+        model: the path of the model in it.
+        verdict: what else than PyTorch's own objects its pickle makes.
+    """
 
     model: tuple[str, ...]
+    verdict: Verdict
 
 
 def checkpoint_of(file: Stamp, contents: Contents, known: Known, key: str) -> Checkpoint:
     """Return the checkpoint of a file; `key` is the path of the model inside, or empty."""
-    survey = Survey(file.path, contents.root)
-    model = models.find(survey, key)
-    named = models.named(survey, model)
-    tensors = tensors_of(file.path, contents, named)
-    used = _used(contents, named, {tensor.name for tensor in tensors})
-    index = _index(contents, model, named, tensors, used)
-    index = known.setdefault(_identity(index), index)
-    crcs = np.array([one.crc for one in used], np.uint32) if index.records else None
+    same = same_as(contents, file.size, key)
+    if not contents.alike or same not in known:
+        survey = Survey(file.path, contents.root)
+        model = models.find(survey, key)
+        named = models.named(survey, model)
+        tensors = tensors_of(file.path, contents, named)
+        index = _index(contents, model, named, tensors)
+        known[same] = known.setdefault(_identity(index), index)
+        known[*same, "step"] = models.told_step(contents.root)
+    index = known[same]
+    crc_of = {(one.offset, one.nbytes): one.crc for one in contents.storages.values()}
+    crcs = np.array([crc_of[record[1:]] for record in index.records], np.uint32)
     return Checkpoint(
         file.path,
         (file,),
         index,
         (contents.digest,),
-        checksums=crcs,
-        told_step=models.told_step(contents.root),
+        checksums=crcs if index.records else None,
+        told_step=known.get((*same, "step")),
     )
+
+
+def same_as(contents: Contents, file_size: int, key: str) -> tuple[Any, ...]:
+    """Return the key in `Known` of files that differ in the bytes of their storages only."""
+    return NAME, contents.alike, file_size, key
 
 
 def _identity(index: Index) -> tuple[Any, ...]:
@@ -112,13 +145,13 @@ def _index(
     model: tuple[str, ...],
     named: Sequence[Named],
     tensors: tuple[Tensor, ...],
-    used: Sequence[Stored],
 ) -> Index:
     kept = {tensor.name for tensor in tensors}
     listed = tuple(one.name for one in named if one.name in kept)
     missing = [one.name for one in named if one.of_model and one.name not in kept]
     nested = any(not one.of_model for one in named)
-    records = [Extent(0, one.offset, one.nbytes) for one in used] if contents.checked else []
+    stored = sorted(contents.storages.values()) if contents.checked else []
+    records = [Extent(0, one.offset, one.nbytes) for one in stored if one.nbytes]
     return Index(
         NAME,
         tensors,
@@ -126,7 +159,7 @@ def _index(
         big_endian=contents.big_endian,
         roles={one.name: one.role for one in named if one.name in kept} if nested else {},
         roles_from=_roles_from(model) if nested else "",
-        own=Own(model),
+        own=Own(model, judge(contents.globals)),
         records=tuple(records),
         checksum=CHECKSUM,
         cautions=tuple(models.cautions(contents.root, model, missing)),
@@ -137,12 +170,6 @@ def _index(
 
 def _roles_from(model: tuple[str, ...]) -> str:
     return f"the entry {shorten('/'.join(model))}" if model else "their place in the file"
-
-
-def _used(contents: Contents, named: Sequence[Named], kept: set[str]) -> list[Stored]:
-    """Return the storages of the tensors of an index, in the order of their bytes."""
-    keys = {one.node.storage.key for one in named if one.name in kept}
-    return sorted(one for one in map(contents.storages.__getitem__, keys) if one.nbytes)
 
 
 # ---------------------------------------------------------------------------- tensors

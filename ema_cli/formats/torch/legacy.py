@@ -32,6 +32,9 @@ _TAR_AT, _TAR = 257, b"ustar"
 _HEADS = (1 << 20, 8 << 20, 64 << 20)
 _COUNT = 8
 
+# Whether numbers are big-endian, what was saved, the names it mentions, the keys of storages.
+_Said = tuple[bool, Any, list[Global], list[str]]
+
 
 def sniff(start: bytes) -> bool:
     """Whether a file that begins so is such a stream."""
@@ -51,33 +54,34 @@ def contents(fd: int, file: Stamp) -> Contents:
     """
     header, (big_endian, root, names, keys) = _header(fd, file)
     return Contents(
-        root,
-        names,
+        lambda: (root, names),
         _storages(fd, file, len(header), keys, root),
         big_endian,
         hashlib.sha256(header).hexdigest(),
+        "",
         checked=False,
         cloned=False,
     )
 
 
-def _header(fd: int, file: Stamp) -> tuple[bytes, tuple[bool, Any, list[Global], list[str]]]:
+def _header(fd: int, file: Stamp) -> tuple[bytes, _Said]:
     """Return the bytes of the pickles, and what they say."""
-    for limit in _HEADS:
-        head = bytearray(min(limit, file.size))
-        read_exact(fd, memoryview(head), 0, file.path)
+    *shorter, longest = (limit for limit in _HEADS if limit < file.size or limit == _HEADS[-1])
+    for limit in shorter:
         try:
-            end, said = _pickles(file.path, bytes(head))
+            return _pickles(file.path, _head(fd, file, limit))
         except DamagedFile:
-            # It may only have ended too soon, which a longer stretch will tell.
-            if len(head) == file.size or limit == _HEADS[-1]:
-                raise
-        else:
-            return bytes(head[:end]), said
-    raise AssertionError  # the last limit returns or raises
+            continue  # it may only have ended too soon
+    return _pickles(file.path, _head(fd, file, longest))
 
 
-def _pickles(path: str, head: bytes) -> tuple[int, tuple[bool, Any, list[Global], list[str]]]:
+def _head(fd: int, file: Stamp, limit: int) -> bytes:
+    head = bytearray(min(limit, file.size))
+    read_exact(fd, memoryview(head), 0, file.path)
+    return bytes(head)
+
+
+def _pickles(path: str, head: bytes) -> tuple[bytes, _Said]:
     magic, at, _ = load(head, path, "the magic number")
     version, at, _ = load(head, path, "the version", at)
     if magic != MAGIC_NUMBER or version != _VERSION:
@@ -92,7 +96,7 @@ def _pickles(path: str, head: bytes) -> tuple[int, tuple[bool, Any, list[Global]
         raise DamagedFile(path, "expected a list of the keys of storages")
     if len(set(keys)) != len(keys):
         raise DamagedFile(path, "a storage stands twice in the list of storages")
-    return at, (not little, root, names, keys)
+    return head[:at], (not little, root, names, keys)
 
 
 def _storages(fd: int, file: Stamp, at: int, keys: list[str], root: Any) -> dict[str, Stored]:

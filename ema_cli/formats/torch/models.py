@@ -16,7 +16,7 @@ from ema_cli.errors import DamagedFile, Disagreement, InputError, UnsupportedInp
 from ema_cli.formats.torch.nodes import Opaque, TensorRef
 from ema_cli.formats.torch.survey import Found, Link, Survey, is_tensor, module_state
 from ema_cli.tensors import Caution, Role
-from ema_cli.text import encodable, plural, shorten, size
+from ema_cli.text import command, encodable, plural, shorten, size
 
 # What holds the model, best first.
 MODEL_KEYS = (
@@ -52,12 +52,19 @@ _LARGEST_STEP = 1 << 63
 
 
 class Named(NamedTuple):
-    """A tensor of the checkpoint: its name, what it is, and its role."""
+    """A tensor of the checkpoint: its name, what it is, whether of the model or an optimizer."""
 
     name: str
     node: Any
-    role: Role
     of_model: bool
+    of_optimizer: bool
+
+    @property
+    def role(self) -> Role:
+        """What it is for: among the model's, as its name tells."""
+        if self.of_model:
+            return naming.role_of(self.name, naming.SHADOW_NAME)
+        return Role.OPTIMIZER if self.of_optimizer else Role.BESIDE
 
 
 # ---------------------------------------------------------------------------- finding the model
@@ -170,11 +177,15 @@ def _listed(survey: Survey, candidates: Sequence[Link]) -> str:
     return ", ".join(shown) or "tensors at its root only, which is --key /"
 
 
+def _option(key: str) -> str:
+    return command("--key", key)
+
+
 def _ambiguous(survey: Survey, candidates: Sequence[Link]) -> Disagreement:
     return Disagreement(
         f"{shorten(survey.path, 1000)}: expected one model, found {len(candidates)} that may be: "
         f"{_listed(survey, candidates)}",
-        f"choose one, such as --key {shorten(candidates[0].name)}, or all of them with --key /",
+        f"choose one, such as {_option(candidates[0].name)}, or all of them with --key /",
     )
 
 
@@ -183,7 +194,7 @@ def _no_model(survey: Survey) -> InputError:
     return UnsupportedInput(
         f"{shorten(survey.path, 1000)}: expected a model, found only "
         + (_listed(survey, others) if others else "the state of an optimizer"),
-        f"average it nevertheless with --key {shorten(others[0].name)}" if others else "",
+        f"average it nevertheless with {_option(others[0].name)}" if others else "",
     )
 
 
@@ -200,7 +211,7 @@ def named(survey: Survey, model: tuple[str, ...]) -> list[Named]:
     apart = _apart(survey) if not model else set()
     mine = [_in_model(one, model, apart) for one in found]
     names: list[str] = [""] * len(found)
-    taken: set[str] = set()
+    taken: dict[str, int] = {}
     for wanted in (True, False):
         for place, one in enumerate(found):
             if mine[place] is wanted:
@@ -208,7 +219,7 @@ def named(survey: Survey, model: tuple[str, ...]) -> list[Named]:
     optimizers = {link.name for link in survey.links(survey.root) if _is_optimizer(link.node)}
     _check_names(survey.path, names)
     return [
-        Named(name, one.node, _role(name, one, own, optimizers), own)
+        Named(name, one.node, own, not own and _of_optimizer(one, optimizers))
         for name, one, own in zip(names, found, mine, strict=True)
     ]
 
@@ -231,24 +242,24 @@ def _in_model(found: Found, model: tuple[str, ...], apart: set[str]) -> bool:
     return inside and found.listed and not (len(found.path) > 1 and found.path[0] in apart)
 
 
-def _name(path: tuple[str, ...], inner: int, taken: set[str], *, of_model: bool) -> str:
-    """Return the name of a tensor; one that is taken is told apart by slashes before its path."""
+def _name(path: tuple[str, ...], inner: int, taken: dict[str, int], *, of_model: bool) -> str:
+    """Return the name of a tensor; one that is taken is told apart by slashes before its path.
+
+    `taken` holds the names that are, each with the slashes to try next.
+    """
     name = ".".join(path[inner:]) if of_model else "/".join(path)
     if name in taken or not name:
-        name = "/" + "/".join(path)
-    while name in taken:
-        name = "/" + name
-    taken.add(name)
+        plain = name = "/" + "/".join(path)
+        while name in taken:
+            name = "/" * taken[plain] + plain
+            taken[plain] += 1
+    taken[name] = 1
     return name
 
 
-def _role(name: str, found: Found, of_model: bool, optimizers: set[str]) -> Role:
-    if of_model:
-        return naming.role_of(name, naming.SHADOW_NAME)
+def _of_optimizer(found: Found, optimizers: set[str]) -> bool:
     below = found.path[:-1]
-    if (below[:1] and below[0] in optimizers) or any(map(_OPTIMIZER.search, below)):
-        return Role.OPTIMIZER
-    return Role.BESIDE
+    return (below[:1] and below[0] in optimizers) or any(map(_OPTIMIZER.search, below))
 
 
 # ---------------------------------------------------------------------------- what else it tells

@@ -150,9 +150,15 @@ def _same(state: tuple[Any, ...], sizes: tuple[int, int, int]) -> bool:
     return (state[0], *state[2:]) == (3, None, None, None, *sizes)
 
 
+# Of Python 2, as `_compat_pickle` of Python 3 translates them.
+_RENAMED = {"long": "int", "unicode": "str", "xrange": "range"}
+
+
 def _modern(name: Global) -> Global:
-    """Return the name with the module as Python 3 calls it."""
-    return Global("builtins", name.name) if name.module == "__builtin__" else name
+    """Return the name as Python 3 calls it."""
+    if name.module != "__builtin__":
+        return name
+    return Global("builtins", _RENAMED.get(name.name, name.name))
 
 
 def _pairs(table: dict[str, str]) -> set[Global]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ema_cli.blueprint import COPY, Draft
-from ema_cli.errors import UnsupportedInput
+from ema_cli.errors import EmaError, UnsupportedInput
 from ema_cli.formats.torch import models, storing
 from ema_cli.formats.torch.encoding import plain
 from ema_cli.formats.torch.indexing import Contents, Own, tensors_of
@@ -27,11 +27,14 @@ def rewritten(last: Checkpoint, contents: Contents, averaged: Sequence[Tensor]) 
     model = last.index.own.model if isinstance(last.index.own, Own) else ()
     before = Survey(last.path, contents.root)
     root, dropped = plain(_opened(before, model))
-    named = models.named(Survey(last.path, root), model)
+    after = Survey(last.path, root)
+    named = models.named(after, model)
     names = {id(one.node): one.name for one in reversed(named)}  # the first of each
     sources = {tensor.name: tensor for tensor in tensors_of(last.path, contents, named)}
     refs = [node for node in everything(root) if isinstance(node, TensorRef)]
     _check(last, sources, [names.get(id(ref)) for ref in refs], averaged)
+    if _found(before) == model != _found(after):
+        raise _refusal(last.path)
     chosen = [sources[names[id(ref)]] for ref in refs]
     items = [storing.item_of(*source[:3], source, COPY) for source in chosen]
     for ref, new in zip(refs, storing.refs_of(items).values(), strict=True):
@@ -54,11 +57,23 @@ def _check(
     known = all(name in sources for name in names)
     same = all(old.get(name) == tensor for name, tensor in sources.items())
     if not known or not same or not all(tensor.name in sources for tensor in averaged):
-        raise UnsupportedInput(
-            f"{shorten(last.path, 1000)}: it holds tensors that are negated, conjugated or hidden "
-            "among objects, and cannot be written without these",
-            "pass it on as it is with --unknown keep",
-        )
+        raise _refusal(last.path)
+
+
+def _found(survey: Survey) -> tuple[str, ...] | None:
+    """Return where the model is found without a key."""
+    try:
+        return models.find(survey, "")
+    except EmaError:
+        return None
+
+
+def _refusal(path: str) -> UnsupportedInput:
+    return UnsupportedInput(
+        f"{shorten(path, 1000)}: it holds tensors that are negated, conjugated or hidden among "
+        "objects, and cannot be written without these",
+        "pass it on as it is with --unknown keep",
+    )
 
 
 def _notes(dropped: Sequence[str], *, replaced: bool) -> tuple[str, ...]:

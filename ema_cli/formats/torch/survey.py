@@ -21,8 +21,8 @@ from ema_cli.formats.torch.nodes import (
 )
 from ema_cli.text import shorten
 
-# Twice as many as an archive may have members: some have several names.
-TENSOR_LIMIT = 200_000
+# As many as an archive may have members.
+TENSOR_LIMIT = 100_000
 # Of all paths together, in characters: what stands in many places has as many.
 PATH_LIMIT = 1 << 26
 _STEP = 8
