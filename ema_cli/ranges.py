@@ -391,6 +391,8 @@ def file_copies(destinations: Sequence[Destination], inputs: list[Stamp]) -> Ite
     """
     ordinals = {stamp.path: ordinal for ordinal, stamp in enumerate(inputs)}
     for layout, _, first_file in destinations:
+        if not any(file.copy_of for file in layout.files):
+            continue
         replaced = _replaced(layout)
         for ordinal, file in enumerate(layout.files):
             if not file.copy_of or not file.nbytes:

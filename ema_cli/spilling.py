@@ -31,6 +31,8 @@ def _stamp_path(checkpoint: Checkpoint, tensor: Tensor) -> str:
 
 def spilled(checkpoint: Checkpoint, names: Collection[str]) -> list[str]:
     """Return those of the named tensors that have to be spilled."""
+    if checkpoint.files[-1].path:
+        return []  # every file is there
     tensors = (tensor for tensor in checkpoint.index.tensors if tensor.name in names)
     return [tensor.name for tensor in tensors if is_spilled(checkpoint, tensor)]
 
