@@ -50,7 +50,8 @@ def make(request: Request, towards: str | None) -> tuple[Plan, Layout, Renamed]:
     checkpoint = find_one(request.paths[0], request.choice.key)
     entries, replaced, left_out = _renamed_entries(checkpoint, towards, wishes)
     beside = _beside(checkpoint)
-    entries = [entry for entry in entries if entry.source not in beside]
+    apart = set(beside)
+    entries = [entry for entry in entries if entry.source not in apart]
     rules = naming.compile_rules(wishes.rules)
     entries = [e._replace(name=naming.apply_rules(e.name, rules)) for e in entries]
     changed = tuple((e.source, e.name) for e in entries if e.name != e.source)
@@ -62,9 +63,10 @@ def make(request: Request, towards: str | None) -> tuple[Plan, Layout, Renamed]:
         [(name, "belongs to a shadow") for name in left_out]
         + [(name, "beside the model") for name in beside],
     )
-    left_out += [*beside, *(name for name, _ in layout.left_out if name not in left_out + beside)]
+    left_out = list(dict.fromkeys(name for name, _ in layout.left_out))
+    lost = set(left_out)
     entries = list(layout.entries)
-    changed = tuple(pair for pair in changed if pair[0] not in left_out)
+    changed = tuple(pair for pair in changed if pair[0] not in lost)
     if not changed and layout.format == checkpoint.index.format:
         raise _nothing(request, checkpoint, towards)
     renamed = Renamed(

@@ -157,14 +157,11 @@ def summed(index: Index, tensor: Tensor) -> list[Extent]:
     """Return the extents with checksums of their own that hold the bytes of a tensor."""
     if not index.records:
         return list(tensor.extents)
-    file, offset, n_bytes = tensor.extent
-    return [
-        record
-        for record in index.records
-        if record.file == file
-        and record.offset < offset + n_bytes
-        and offset < record.offset + record.nbytes
-    ]
+    return [record for record in index.records if _overlap(record, tensor.extent)]
+
+
+def _overlap(a: Extent, b: Extent) -> bool:
+    return a.file == b.file and a.offset < b.offset + b.nbytes and b.offset < a.offset + a.nbytes
 
 
 def check_read(checkpoint: Checkpoint, tensor: Tensor, found: Mapping[Extent, int]) -> None:
@@ -188,7 +185,7 @@ def check_sums(
         recorded = int(checkpoint.checksums[checkpoint.index.ordinals[extent]])
         if crc != recorded:
             path, index = checkpoint.files[extent.file].path, checkpoint.index
-            inside = [t.name for t in index.tensors if extent in summed(index, t)]
+            inside = [t.name for t in index.tensors if any(_overlap(extent, e) for e in t.extents)]
             if len(inside) > 1:  # the record does not tell which of them is damaged
                 shown = ", ".join(f"'{shorten(name)}'" for name in inside[:3])
                 more = "" if len(inside) <= 3 else f" and {len(inside) - 3} more"
