@@ -365,11 +365,11 @@ def rename(
     plan, layout, renamed = renaming.make(request, towards=names)
     if not dry_run:
         repair(layout)
-    check_destination(layout, plan.inputs, overwrite=overwrite)
+    check_destination(layout, plan.work.inputs, overwrite=overwrite)
     if dry_run:
         return renamed
     document = renaming.document(layout, plan.run.checkpoints[0], renamed)
-    produce(plan, [layout], [(document, "")], executor, overwrite=overwrite)
+    produce(plan.work, [layout], [(document, "")], executor, overwrite=overwrite)
     return renamed
 
 

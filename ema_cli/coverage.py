@@ -27,20 +27,20 @@ def cover(
     """Return the ranges and copies with the bytes each is verified with, and further copies.
 
     Args:
-        ranges: of the plan.
+        ranges: to average.
         copies: of tensors.
         file_copies: of files, but for what else is written there.
-        checkpoints: of the run.
-        indexes: the distinct ones that are used.
+        checkpoints: that may be read.
+        indexes: the distinct ones that are mixed.
         index_of: for each checkpoint which of `indexes` it has, or -1.
-        first_input: for each checkpoint the ordinal of its first file in the plan.
+        first_input: for each checkpoint the ordinal of its first file among the inputs, or -1.
         mixed: the checkpoints of which the ranges are read; others are copied from only.
     """
     records = [_Records(index) for index in indexes]
     covered = [
         one._replace(
             places=tuple(
-                _verified(read, place, _nbytes(one), group)
+                _verified(read, place, _nbytes(one, place), group)
                 for read, place in zip(records, one.places, strict=True)
             )
         )
@@ -50,8 +50,8 @@ def cover(
     return covered, [*sources.verified(copies), *sources.of_files(file_copies), *sources.rest()]
 
 
-def _nbytes(work: Range) -> int:
-    return work.elements * DTYPES[work.dtype].bits // 8
+def _nbytes(one: Range, place: Place) -> int:
+    return one.elements * DTYPES[place.dtype].bits // 8
 
 
 class _Sources:

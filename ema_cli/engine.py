@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from ema_cli import kernel
 from ema_cli.blueprint import COPY
 from ema_cli.files import handle_limit
-from ema_cli.plan import BLOCK_ELEMENTS, TASK_ELEMENTS, Plan, block_elements
+from ema_cli.plan import BLOCK_ELEMENTS, TASK_ELEMENTS, block_elements
 from ema_cli.ranges import Copy, Range
 from ema_cli.schedules import counting
 from ema_cli.tasks import Accumulator, Done, Flaw, Part, Piece, Source, Task, Unit
 from ema_cli.tensors import numpy_dtype, swap_width
+from ema_cli.work import Work
 from ema_cli.worker import run_task
 
 
@@ -31,24 +32,24 @@ class Progress:
 
 
 def carry_out(
-    plan: Plan,
+    work: Work,
     outputs: Sequence[str],
     executor: Executor,
     on_event: Callable[[Progress], None],
     on_part: Callable[[Unit, Part], None],
 ) -> Flaw | None:
-    """Compute the plan into the files `outputs`, which exist at their final sizes.
+    """Carry out the work into the files `outputs`, which exist at their final sizes.
 
-    Returns the first non-finite value found, when the plan asks for the check. `executor` is
-    neither created nor shut down here; what is in flight is bounded by the plan's workers.
+    Returns the first non-finite value found, when its manner asks for the check. `executor` is
+    neither created nor shut down here; what is in flight is bounded by the manner's workers.
     `on_part` is told the checksum of what was read of each unit, in any order.
     """
-    done = 0
-    on_event(Progress(0, plan.costs.read))
-    limit = 2 * plan.request.workers
-    for result in bounded(executor, run_task, tasks(plan, outputs), limit):
+    done, total = 0, work.read
+    on_event(Progress(0, total))
+    limit = 2 * work.manner.workers
+    for result in bounded(executor, run_task, tasks(work, outputs), limit):
         done += result.read
-        on_event(Progress(done, plan.costs.read))
+        on_event(Progress(done, total))
         for unit, part in result.parts.items():
             on_part(unit, part)
         if result.flaw is not None:
@@ -76,59 +77,59 @@ def bounded(
         wait(pending)
 
 
-def tasks(plan: Plan, outputs: Sequence[str]) -> Iterator[Task]:
-    """Yield the tasks of a plan; small pieces share one."""
-    handles = handle_limit(plan.request.workers)
-    check = plan.request.non_finite == "error"
-    block = block_elements(BLOCK_ELEMENTS, plan.request.workers, max(len(plan.schedules), 1))
+def tasks(work: Work, outputs: Sequence[str]) -> Iterator[Task]:
+    """Yield the tasks of the work; small pieces share one."""
+    manner = work.manner
+    handles = handle_limit(manner.workers)
+    block = block_elements(BLOCK_ELEMENTS, manner.workers, max(len(work.schedules), 1))
     paths = tuple(outputs)
     batch: list[Piece] = []
     filled = 0
-    for piece in pieces(plan):
+    for piece in pieces(work):
         batch.append(piece)
         filled += piece.elements
         if filled >= TASK_ELEMENTS:
-            yield Task(plan.inputs, paths, tuple(batch), handles, check, block, plan.request.like)
+            yield Task(work.inputs, paths, tuple(batch), handles, manner.check, block, manner.like)
             batch, filled = [], 0
     if batch:
-        yield Task(plan.inputs, paths, tuple(batch), handles, check, block, plan.request.like)
+        yield Task(work.inputs, paths, tuple(batch), handles, manner.check, block, manner.like)
 
 
-def pieces(plan: Plan) -> Iterator[Piece]:
-    """Yield the ranges and copies of a plan, cut into pieces of at most a task."""
-    used = counting(plan.schedules)
-    coefficients = [tuple(schedule.coefficients[k] for k in used) for schedule in plan.schedules]
-    for work in plan.averaged:
-        shadow = kernel.shadow_dtype(work.dtype, plan.request.shadow_dtype)
+def pieces(work: Work) -> Iterator[Piece]:
+    """Yield the ranges and copies, cut into pieces of at most a task."""
+    used = counting(work.schedules)
+    coefficients = [tuple(schedule.coefficients[k] for k in used) for schedule in work.schedules]
+    for one in work.averaged:
+        shadow = kernel.shadow_dtype(one.dtype, work.manner.shadow_dtype)
         divisors = [
-            s.debias_factor(numpy_dtype(shadow)) if s.zero_debias else None for s in plan.schedules
+            s.debias_factor(numpy_dtype(shadow)) if s.zero_debias else None for s in work.schedules
         ]
-        sources = _sources(plan, work, used)
+        sources = _sources(work, one, used)
         accumulators = tuple(
             Accumulator(c, divisor, targets, schedule.decay)
             for c, divisor, targets, schedule in zip(
-                coefficients, divisors, work.targets, plan.schedules, strict=True
+                coefficients, divisors, one.targets, work.schedules, strict=True
             )
             if targets
         )
-        for start in range(0, work.elements, TASK_ELEMENTS):
-            count = min(TASK_ELEMENTS, work.elements - start)
+        for start in range(0, one.elements, TASK_ELEMENTS):
+            count = min(TASK_ELEMENTS, one.elements - start)
             yield Piece(shadow, count, start, sources, accumulators)
-    for copy in plan.copies:
-        yield from _copied_pieces(plan, copy)
+    for copy in work.copies:
+        yield from _copied_pieces(work, copy)
 
 
-def _sources(plan: Plan, work: Range, used: Sequence[int]) -> tuple[Source, ...]:
+def _sources(work: Work, one: Range, used: Sequence[int]) -> tuple[Source, ...]:
     sources = []
     for k in used:
-        file, offset, grid, unit = work.places[plan.index_of[k]]
-        checkpoint = plan.run.checkpoints[k]
+        file, offset, grid, unit, dtype = one.places[work.index_of[k]]
+        checkpoint = work.checkpoints[k]
         sources.append(
             Source(
-                plan.first_input[k] + file,
+                work.first_input[k] + file,
                 offset,
-                work.dtype,
-                swap_width(work.dtype) if checkpoint.index.big_endian else 0,
+                dtype,
+                swap_width(dtype) if checkpoint.index.big_endian else 0,
                 grid,
                 unit if checkpoint.checksums is not None else None,
                 checkpoint.index.checksum,
@@ -137,10 +138,10 @@ def _sources(plan: Plan, work: Range, used: Sequence[int]) -> tuple[Source, ...]
     return tuple(sources)
 
 
-def _copied_pieces(plan: Plan, copy: Copy) -> Iterator[Piece]:
+def _copied_pieces(work: Work, copy: Copy) -> Iterator[Piece]:
     step = TASK_ELEMENTS * 4
-    file, offset, grid, unit = copy.place
-    kind = plan.checksum_of(file) if unit else ""
+    file, offset, grid, unit, _ = copy.place
+    kind = work.checkpoints[work.of_file(file)[0]].index.checksum if unit else ""
     sources = (Source(file, offset, COPY, 0, grid, unit, kind),)
     accumulators = (Accumulator((1.0,), None, copy.targets),)
     for start in range(0, copy.nbytes, step):

@@ -6,29 +6,29 @@ import numpy as np
 
 from ema_cli.errors import EmaError, NonFinite
 from ema_cli.files import read_at
-from ema_cli.plan import Plan
 from ema_cli.regions import stretches
 from ema_cli.tasks import Flaw, Piece, Source
 from ema_cli.tensors import Checkpoint, Tensor, numpy_dtype
 from ema_cli.text import shorten
 from ema_cli.verifying import check
+from ema_cli.work import Work
 
 
-def explain(plan: Plan, flaw: Flaw) -> EmaError:
+def explain(work: Work, flaw: Flaw) -> EmaError:
     """Return the error that names the first checkpoint and the tensor of a non-finite value."""
     piece = flaw.piece
     coefficients = piece.accumulators[flaw.accumulator].coefficients
     for source, coefficient in zip(piece.sources, coefficients, strict=True):
-        value = _value(plan, piece, source, flaw.element)
+        value = _value(work, piece, source, flaw.element)
         if coefficient and not np.isfinite(value):
-            checkpoint, tensor = _locate(plan, piece, source, flaw.element)
+            checkpoint, tensor = _locate(work, piece, source, flaw.element)
             return check(checkpoint, tensor) or NonFinite(
                 f"{shorten(checkpoint.path, 1000)}: tensor '{shorten(tensor.name)}' holds "
                 f"{value}, the first non-finite value",
                 "leave the checkpoint out with --steps or --glob, copy the tensor with --exclude, "
                 "or let it pass with --non-finite allow",
             )
-    _, tensor = _locate(plan, piece, piece.sources[-1], flaw.element)
+    _, tensor = _locate(work, piece, piece.sources[-1], flaw.element)
     return NonFinite(
         f"tensor '{shorten(tensor.name)}': every input is finite, but the average is not in "
         f"{flaw.dtype}",
@@ -46,9 +46,9 @@ def _offset(piece: Piece, source: Source, element: int) -> int:
     return next(stretches(source.offset, source.grid, width, piece.start + element, 1))[0]
 
 
-def _value(plan: Plan, piece: Piece, source: Source, element: int) -> float:
+def _value(work: Work, piece: Piece, source: Source, element: int) -> float:
     dtype = numpy_dtype(source.dtype)
-    stamp = plan.inputs[source.file]
+    stamp = work.inputs[source.file]
     raw = read_at(stamp.path, _offset(piece, source, element), dtype.itemsize)
     if source.swap:
         raw.reverse()
@@ -64,20 +64,18 @@ def _has(tensor: Tensor, distance: int) -> bool:
     return not tensor.strides or left == 0
 
 
-def _locate(plan: Plan, piece: Piece, source: Source, element: int) -> tuple[Checkpoint, Tensor]:
+def _locate(work: Work, piece: Piece, source: Source, element: int) -> tuple[Checkpoint, Tensor]:
     """Return the checkpoint and the tensor that an element of a piece belongs to."""
     offset = _offset(piece, source, element)
     around: list[tuple[Checkpoint, Tensor]] = []
-    for k, first in enumerate(plan.first_input):
-        checkpoint = plan.run.checkpoints[k]
-        if first < 0 or not first <= source.file < first + len(checkpoint.files):
-            continue
-        for tensor in checkpoint.index.tensors:
-            for file, start, n_bytes in tensor.extents:
-                if first + file == source.file and start <= offset < start + n_bytes:
-                    if _has(tensor, offset - start):
-                        return checkpoint, tensor
-                    around.append((checkpoint, tensor))
+    k, file = work.of_file(source.file)
+    checkpoint = work.checkpoints[k]
+    for tensor in checkpoint.index.tensors:
+        for its_file, start, n_bytes in tensor.extents:
+            if its_file == file and start <= offset < start + n_bytes:
+                if _has(tensor, offset - start):
+                    return checkpoint, tensor
+                around.append((checkpoint, tensor))
     if around:  # views whose strides do not nest: one of them
         return around[0]
     raise LookupError(f"byte {offset} of input {source.file}")

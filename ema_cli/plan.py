@@ -6,21 +6,21 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ema_cli import kernel, ranges, runs, search, spilling
+from ema_cli import kernel, runs, search
 from ema_cli.averages import Average
 from ema_cli.blueprint import Layout
-from ema_cli.coverage import cover
 from ema_cli.durable import free_bytes
 from ema_cli.errors import UsageError
 from ema_cli.formats import Known
 from ema_cli.formats.sidefiles import refuse_quantized
 from ema_cli.layout import Wishes, lay_out
 from ema_cli.naming import Rule
-from ema_cli.ranges import Copy, Destination, Range
+from ema_cli.ranges import Destination
 from ema_cli.schedules import Schedule, counting, schedule
 from ema_cli.selection import Selection, check_agreement, check_rules_of, select
-from ema_cli.tensors import DTYPES, Checkpoint, Index, Stamp, numpy_dtype
+from ema_cli.tensors import Checkpoint, numpy_dtype
 from ema_cli.text import shorten
+from ema_cli.work import Manner, Work, prepare
 
 # Elements of one block; half of it when several accumulators share the cache. Measured on 2 cores
 # with 1 MiB of second level cache each: half as many took 4 % longer (bfloat16: 15 %), because
@@ -52,6 +52,11 @@ class Request:
     non_finite: str = "error"
     wishes: Wishes = field(default_factory=Wishes)
     workers: int = 1
+
+    @property
+    def manner(self) -> Manner:
+        """How the averages are computed."""
+        return Manner(self.shadow_dtype, self.like, self.non_finite == "error", self.workers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,31 +103,16 @@ class Plan:
         run: the checkpoints and what was passed over.
         schedules: the distinct coefficient lists; equal ones are computed once.
         outcomes: one per average, in the order asked for.
-        inputs: every input file as it was when the plan was made.
-        first_input: for each checkpoint, the ordinal in `inputs` of its first file.
-        index_of: for each checkpoint, the ordinal of its index among the distinct ones.
-        averaged: ranges to average.
-        copies: bytes to copy.
+        work: what carries it out.
         costs: bytes read, written, held and free.
-        spilled: for each checkpoint, the tensors that have to be unpacked first.
     """
 
     request: Request
     run: runs.Run
     schedules: tuple[Schedule, ...]
     outcomes: tuple[Outcome, ...]
-    inputs: tuple[Stamp, ...]
-    first_input: tuple[int, ...]
-    index_of: tuple[int, ...]
-    averaged: tuple[Range, ...]
-    copies: tuple[Copy, ...]
+    work: Work
     costs: Costs
-    spilled: tuple[tuple[str, ...], ...] = ()
-
-    def checksum_of(self, file: int) -> str:
-        """Return what the checksums of the checkpoint are that an input file belongs to."""
-        used = [k for k, first in enumerate(self.first_input) if 0 <= first <= file]
-        return self.run.checkpoints[max(used, key=self.first_input.__getitem__)].index.checksum
 
 
 def make(request: Request) -> Plan:
@@ -138,53 +128,12 @@ def make(request: Request) -> Plan:
     used = _used(schedules)
     check_rules_of(request.rules, (run.checkpoints[k].index for k in used))
     outcomes = _outcomes(request, run, schedules, ordinals, used)
-    indexes, index_of = _distinct(run.checkpoints, used)
-    destinations = _destinations(outcomes)
-    inputs, first_input = _inputs(run.checkpoints, used)
     last = run.checkpoints[used[-1]]
     selection = next(o.selection for o in outcomes if o.last is last)
-    ranges.check_shared(indexes, destinations)
-    averaged = ranges.averaged_ranges(selection.averaged, indexes, destinations, len(schedules))
-    copies = _copies(outcomes, destinations, run.checkpoints, first_input)
-    whole = list(ranges.file_copies(destinations, inputs))
-    averaged, copies = cover(
-        averaged,
-        copies,
-        whole,
-        run.checkpoints,
-        indexes,
-        index_of,
-        first_input,
-        counting(schedules),
-    )
-    spilled = _spilled(run, used, outcomes)
-    return Plan(
-        request,
-        run,
-        tuple(schedules),
-        tuple(outcomes),
-        tuple(inputs),
-        tuple(first_input),
-        tuple(index_of),
-        tuple(averaged),
-        tuple(copies),
-        _costs(request, schedules, outcomes, indexes, averaged, copies, run, spilled),
-        spilled,
-    )
-
-
-def _spilled(
-    run: runs.Run, used: Sequence[int], outcomes: Sequence[Outcome]
-) -> tuple[tuple[str, ...], ...]:
-    """Return for each checkpoint the tensors that are read and have to be unpacked before."""
-    averaged = {t.name for outcome in outcomes for t in outcome.selection.averaged}
-    found: list[tuple[str, ...]] = [()] * len(run.checkpoints)
-    for k in used:
-        checkpoint = run.checkpoints[k]
-        mine = [o.layout for o in outcomes if o.last is checkpoint]
-        copied = {e.source for layout in mine for e in ranges.copied_entries(layout)}
-        found[k] = tuple(spilling.spilled(checkpoint, averaged | copied))
-    return tuple(found)
+    destinations = _destinations(outcomes)
+    work = prepare(run.checkpoints, schedules, selection.averaged, destinations, request.manner)
+    costs = _costs(request, outcomes, work)
+    return Plan(request, run, tuple(schedules), tuple(outcomes), work, costs)
 
 
 def _check_output(request: Request) -> None:
@@ -248,30 +197,6 @@ def output_path(template: str, average: Average, last: Checkpoint) -> str:
     return template.replace("{step}", str(last.step)).replace("{average}", average.label)
 
 
-def _distinct(
-    checkpoints: Sequence[Checkpoint], used: Sequence[int]
-) -> tuple[list[Index], list[int]]:
-    indexes: list[Index] = []
-    ordinal_of: dict[int, int] = {}
-    for k in used:
-        index = checkpoints[k].index
-        if id(index) not in ordinal_of:
-            ordinal_of[id(index)] = len(indexes)
-            indexes.append(index)
-    return indexes, [ordinal_of.get(id(c.index), -1) for c in checkpoints]
-
-
-def _inputs(
-    checkpoints: Sequence[Checkpoint], used: Sequence[int]
-) -> tuple[list[Stamp], list[int]]:
-    inputs: list[Stamp] = []
-    first = [-1] * len(checkpoints)
-    for k in used:
-        first[k] = len(inputs)
-        inputs.extend(checkpoints[k].files)
-    return inputs, first
-
-
 def _destinations(outcomes: Sequence[Outcome]) -> list[Destination]:
     destinations = []
     first_file = 0
@@ -281,38 +206,13 @@ def _destinations(outcomes: Sequence[Outcome]) -> list[Destination]:
     return destinations
 
 
-def _copies(
-    outcomes: Sequence[Outcome],
-    destinations: Sequence[Destination],
-    checkpoints: Sequence[Checkpoint],
-    first_input: Sequence[int],
-) -> list[Copy]:
-    copies: list[Copy] = []
-    for k, checkpoint in enumerate(checkpoints):
-        mine = [d for o, d in zip(outcomes, destinations, strict=True) if o.last is checkpoint]
-        if mine:
-            copies.extend(ranges.copied_ranges(checkpoint, mine, first_input[k]))
-    return copies
-
-
 def block_elements(largest: int, workers: int, accumulators: int) -> int:
     """Return the elements of a block: at most `largest`, fewer where more has to share."""
     fair = _BUFFER_BYTES // (workers * (4 + accumulators) * 8)
     return max(1, min(largest // min(accumulators, 2), max(fair, 1 << 14)))
 
 
-def _costs(
-    request: Request,
-    schedules: Sequence[Schedule],
-    outcomes: Sequence[Outcome],
-    indexes: Sequence[Index],
-    averaged: Sequence[Range],
-    copies: Sequence[Copy],
-    run: runs.Run,
-    spilled: Sequence[Sequence[str]],
-) -> Costs:
-    passes = len(counting(schedules))
-    n_bytes = sum(one.elements * DTYPES[one.dtype].bits // 8 for one in averaged)
+def _costs(request: Request, outcomes: Sequence[Outcome], work: Work) -> Costs:
     widest = max(
         (
             numpy_dtype(kernel.shadow_dtype(t.dtype.name, request.shadow_dtype)).itemsize
@@ -322,12 +222,15 @@ def _costs(
     )
     # Per worker: the bytes read, the widened value, the scratch, one accumulator per schedule
     # and the bytes written.
-    block = block_elements(BLOCK_ELEMENTS, request.workers, len(schedules))
-    buffers = request.workers * (4 + len(schedules)) * block * widest
+    accumulators = len(work.schedules)
+    block = block_elements(BLOCK_ELEMENTS, request.workers, accumulators)
+    buffers = request.workers * (4 + accumulators) * block * widest
+    used = [c.index for c, k in zip(work.checkpoints, work.first_input, strict=True) if k >= 0]
+    tensors = sum(len(index.tensors) for index in {id(index): index for index in used}.values())
     return Costs(
-        read=n_bytes * passes + sum(copy.nbytes for copy in copies),
+        read=work.read,
         write=sum(outcome.layout.nbytes for outcome in outcomes),
-        memory=BASE_BYTES + buffers + TENSOR_BYTES * sum(len(i.tensors) for i in indexes),
+        memory=BASE_BYTES + buffers + TENSOR_BYTES * tensors,
         free=free_bytes(os.path.dirname((request.output or "").rstrip("/"))),
-        spill=sum(map(spilling.spilled_bytes, run.checkpoints, spilled)),
+        spill=work.spill,
     )

@@ -7,20 +7,15 @@ its checkpoints and outputs have in common.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ema_cli import regions
 from ema_cli.blueprint import AVERAGE, BIASED, COPY, Entry, Layout
-from ema_cli.errors import Disagreement, UnsupportedInput
-from ema_cli.files import stamp_of
+from ema_cli.errors import Disagreement
 from ema_cli.regions import Grid, Regions
-from ema_cli.tensors import DTYPES, Checkpoint, Extent, Index, Stamp, Tensor, swap_width
+from ema_cli.tensors import DTYPES, Checkpoint, Extent, Index, Tensor, swap_width
 from ema_cli.text import shorten
-
-# Pieces of one tensor with other bytes between them, in a copy of the file they lie in.
-ROW_LIMIT = 1 << 16
 
 
 class Span(NamedTuple):
@@ -39,12 +34,14 @@ class Place(NamedTuple):
         offset: of its first element, in bytes.
         grid: its rows, or None when its elements follow each other.
         unit: the bytes it is verified with, or None when it is not.
+        dtype: of its elements, or ``copy`` for bytes.
     """
 
     file: int
     offset: int
     grid: Grid | None = None
     unit: Span | None = None
+    dtype: str = COPY
 
 
 class Target(NamedTuple):
@@ -95,15 +92,19 @@ class Copy(NamedTuple):
 
 
 class Destination(NamedTuple):
-    """An output's layout, the schedule whose result it takes, and its first file's ordinal."""
+    """An output's layout, the schedule whose result it takes, and its first file's ordinal.
+
+    What `held` holds is copied from there, the rest from the layout's last checkpoint.
+    """
 
     layout: Layout
     schedule: int
     first_file: int
+    held: Checkpoint | None = None
 
 
 # A tensor of an output: the schedule it belongs to, its destination, what of it, and as what.
-_Wanted = tuple[int, Destination, str, Tensor]
+Wanted = tuple[int, Destination, str, Tensor]
 
 
 def averaged_ranges(
@@ -116,7 +117,8 @@ def averaged_ranges(
 
     Tensors that are stored once in every checkpoint are averaged once.
     """
-    wanted = _wanted(destinations, (AVERAGE, BIASED))
+    parts = (AVERAGE, BIASED)
+    wanted = wanted_of((d, [e for e in d.layout.entries if e.part in parts]) for d in destinations)
     found: list[Range] = []
     elements: list[int] = []  # of each, with those of the tensors that follow it
     for group, (tensor, stored, names) in enumerate(_stored_once(tensors, indexes)):
@@ -128,7 +130,7 @@ def averaged_ranges(
             elements.extend(one.elements for one in scattered)
             continue
         count = min(tensor.elements, tensor.extent.nbytes * 8 // tensor.dtype.bits)
-        places = tuple([Place(t.extent.file, t.extent.offset) for t in stored])
+        places = tuple([_start(t) for t in stored])
         targets: list[list[Target]] = [[] for _ in range(schedules)]
         for schedule, destination, part, made in asked:
             targets[schedule].append(_target(destination, part, made))
@@ -211,18 +213,21 @@ def _stored_once(
     return found.values()
 
 
-def _wanted(
-    destinations: Sequence[Destination], parts: tuple[str, ...]
-) -> dict[str, list[_Wanted]]:
-    """Return for each input tensor what is made of it."""
-    wanted: dict[str, list[_Wanted]] = {}
-    for destination in destinations:
-        layout = destination.layout
-        for entry in layout.entries:
-            if entry.part in parts:
-                made = (destination.schedule, destination, entry.part, layout.places[entry.name])
-                wanted.setdefault(entry.source, []).append(made)
+def wanted_of(
+    asked: Iterable[tuple[Destination, Iterable[Entry]]],
+) -> dict[str, list[Wanted]]:
+    """Return for each input tensor what is made of it, of the entries asked for."""
+    wanted: dict[str, list[Wanted]] = {}
+    for destination, entries in asked:
+        places = destination.layout.places
+        for entry in entries:
+            made = (destination.schedule, destination, entry.part, places[entry.name])
+            wanted.setdefault(entry.source, []).append(made)
     return wanted
+
+
+def _start(tensor: Tensor) -> Place:
+    return Place(tensor.extent.file, tensor.extent.offset, dtype=tensor.dtype.name)
 
 
 def _target(destination: Destination, part: str, made: Tensor) -> Target:
@@ -239,7 +244,7 @@ def _form(destination: Destination, made: Tensor) -> tuple[str, int]:
 def _scattered(
     tensor: Tensor,
     stored: Sequence[Tensor],
-    asked: Sequence[_Wanted],
+    asked: Sequence[Wanted],
     schedules: int,
     group: int,
 ) -> Iterator[Range]:
@@ -247,8 +252,7 @@ def _scattered(
 
     The `group` keeps what is read of this tensor apart.
     """
-    width = tensor.dtype.bits // 8
-    sources = [Regions(t, width) for t in stored]
+    sources = [Regions(t, t.dtype.bits // 8) for t in stored]
     made_of = [Regions(made, made.dtype.bits // 8) for *_, made in asked]
     for box in regions.common_boxes([*stored, *(made for *_, made in asked)]):
         targets: list[list[Target]] = [[] for _ in range(schedules)]
@@ -266,11 +270,12 @@ def _scattered(
 def _place(region: regions.Region, tensor: Tensor, group: int) -> Place:
     """Return a place whose bytes the ranges of one tensor read once, unless it has strides."""
     extent, offset, grid = region
-    unit = None if tensor.strides else Span(group, *_ends(extent))
-    return Place(extent.file, offset, grid, unit)
+    unit = None if tensor.strides else Span(group, *ends_of(extent))
+    return Place(extent.file, offset, grid, unit, tensor.dtype.name)
 
 
-def _ends(extent: Extent) -> tuple[int, int]:
+def ends_of(extent: Extent) -> tuple[int, int]:
+    """Return where the bytes of an extent begin and end."""
     return extent.offset, extent.offset + extent.nbytes
 
 
@@ -278,18 +283,18 @@ def _follows(first: Range, elements: int, after: Range) -> bool:
     """Whether `after` lies `elements` after the start of `first` in every input and output."""
     if first.dtype != after.dtype:
         return False
-    nbytes = elements * DTYPES[first.dtype].bits // 8
     for mine, place in zip(first.places, after.places, strict=True):
+        nbytes = elements * DTYPES[mine.dtype].bits // 8
         scattered = mine.grid or place.grid or mine.unit
         if scattered or (mine.file, mine.offset + nbytes) != place[:2]:
             return False
     for targets, others in zip(first.targets, after.targets, strict=True):
-        if not _continue(targets, elements, others):
+        if not continues(targets, elements, others):
             return False
     return True
 
 
-def _continue(first: Sequence[Target], elements: int, after: Sequence[Target]) -> bool:
+def continues(first: Sequence[Target], elements: int, after: Sequence[Target]) -> bool:
     """Whether the targets `after` lie `elements` (bytes of a copy) after those of `first`."""
     if len(first) != len(after):
         return False
@@ -298,141 +303,3 @@ def _continue(first: Sequence[Target], elements: int, after: Sequence[Target]) -
         if grid or (file, offset + nbytes, part, dtype, swap, None) != target:
             return False
     return True
-
-
-# ---------------------------------------------------------------------------- copies
-
-
-def copied_ranges(
-    checkpoint: Checkpoint, destinations: Sequence[Destination], first_input: int
-) -> Iterator[Copy]:
-    """Yield what the outputs copy from a checkpoint, whose files start at `first_input`.
-
-    Files that are copied whole bring their tensors along.
-    """
-    apart = [d for d in destinations if copied_entries(d.layout)]
-    wanted = _wanted(apart, (COPY,))
-    index = checkpoint.index
-    pending: Copy | None = None
-    for group, tensor in enumerate(index.tensors):
-        # Ranges to average count their groups upwards from 0.
-        for new in _copies(tensor, wanted.get(tensor.name, ()), index, first_input, -1 - group):
-            if pending is not None and _copy_follows(pending, new):
-                pending = pending._replace(nbytes=pending.nbytes + new.nbytes)
-                continue
-            if pending is not None:
-                yield pending
-            pending = new
-    if pending is not None:
-        yield pending
-
-
-def copied_entries(layout: Layout) -> list[Entry]:
-    """Return the entries whose bytes are copied one by one: none where their files are."""
-    data = {stamp.path for stamp in layout.last.files if stamp.path}
-    if any(file.copy_of in data for file in layout.files):
-        return []
-    return [entry for entry in layout.entries if entry.part == COPY]
-
-
-def _copies(
-    tensor: Tensor, asked: Sequence[_Wanted], index: Index, first_input: int, group: int
-) -> Iterator[Copy]:
-    """Yield the copies of one tensor: one for each box where it or an output is scattered."""
-    if not asked or not tensor.nbytes:
-        return
-    swaps = [_copy_swap(index, destination, tensor) for _, destination, _, _ in asked]
-    together = not tensor.dtype.bits or regions.alike([tensor, *(t for *_, t in asked)])
-    width = max(tensor.dtype.bits // 8, 1)
-    made_of = [Regions(made, width) for *_, made in asked]
-    source = Regions(tensor, width)
-    for box in [None] if together else regions.common_boxes([tensor, *(t for *_, t in asked)]):
-        targets = []
-        for (_, destination, _, made), swap, to in zip(asked, swaps, made_of, strict=True):
-            extent, offset, grid = _bytes_of(made, to, box, width)
-            file = destination.first_file + extent.file
-            targets.append(Target(file, offset, COPY, COPY, swap, grid))
-        extent, offset, grid = _bytes_of(tensor, source, box, width)
-        unit = None if together or tensor.strides else Span(group, *_ends(extent))
-        n_bytes = extent.nbytes if box is None else box.elements * width
-        place = Place(first_input + extent.file, offset, grid, unit)
-        yield Copy(n_bytes, place, tuple(targets))
-
-
-def _copy_swap(index: Index, destination: Destination, tensor: Tensor) -> int:
-    differs = index.big_endian != destination.layout.big_endian
-    return swap_width(tensor.dtype.name) if differs else 0
-
-
-def _bytes_of(
-    tensor: Tensor, where: Regions, box: regions.Box | None, width: int
-) -> regions.Region:
-    """Return where a box, or the whole tensor, lies, with rows counted in bytes."""
-    if box is None:
-        return regions.Region(tensor.extent, tensor.extent.offset, None)
-    extent, offset, grid = where.find(box)
-    return regions.Region(extent, offset, grid and grid._replace(run=grid.run * width))
-
-
-def _copy_follows(before: Copy, after: Copy) -> bool:
-    return (
-        not (before.place.unit or before.place.grid)
-        and not (after.place.unit or after.place.grid)
-        and before.place.file == after.place.file
-        and before.place.offset + before.nbytes == after.place.offset
-        and _continue(before.targets, before.nbytes, after.targets)
-    )
-
-
-def file_copies(destinations: Sequence[Destination], inputs: list[Stamp]) -> Iterator[Copy]:
-    """Yield what is left of the files the outputs copy, without what is averaged there.
-
-    Stamps of new ones are appended to `inputs`.
-    """
-    ordinals = {stamp.path: ordinal for ordinal, stamp in enumerate(inputs)}
-    for layout, _, first_file in destinations:
-        if not any(file.copy_of for file in layout.files):
-            continue
-        replaced = _replaced(layout)
-        for ordinal, file in enumerate(layout.files):
-            if not file.copy_of or not file.nbytes:
-                continue
-            if file.copy_of not in ordinals:
-                ordinals[file.copy_of] = len(inputs)
-                inputs.append(stamp_of(file.copy_of))
-            start = 0
-            for first, end in [*sorted(replaced[ordinal]), (file.nbytes, file.nbytes)]:
-                if start < first:
-                    target = Target(first_file + ordinal, start, COPY, COPY)
-                    yield Copy(first - start, Place(ordinals[file.copy_of], start), (target,))
-                start = max(start, end)
-
-
-def _replaced(layout: Layout) -> list[list[tuple[int, int]]]:
-    """Return for each file of a layout where it holds something else than what it is a copy of."""
-    replaced: list[list[tuple[int, int]]] = [
-        [(offset, offset + len(data)) for offset, data in file.literals] for file in layout.files
-    ]
-    for entry in layout.entries:
-        if entry.part != COPY:
-            made = layout.places[entry.name]
-            width = made.dtype.bits // 8
-            for box, extent in regions.stored_boxes(made) if made.nbytes else []:
-                _, offset, grid = Regions(made, width).find(box)
-                rows = [(offset, extent.nbytes // width)]
-                if grid is not None and extent.nbytes > made.nbytes:  # with gaps between
-                    rows = _rows(made, regions.stretches(offset, grid, width, 0, box.elements))
-                replaced[extent.file].extend((at, at + n * width) for at, n in rows)
-    return replaced
-
-
-def _rows(made: Tensor, rows: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the rows of a tensor between which there is something else."""
-    found = list(itertools.islice(rows, ROW_LIMIT + 1))
-    if len(found) > ROW_LIMIT:
-        raise UnsupportedInput(
-            f"tensor '{shorten(made.name)}' lies in more than {ROW_LIMIT:,} pieces with other "
-            "bytes between them",
-            "write another format, e.g. -o NAME.safetensors, or save the tensor contiguous",
-        )
-    return found

@@ -6,9 +6,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from ema_cli import machine, naming, provenance, ranges, spilling
+from ema_cli import machine, naming, provenance
 from ema_cli.blueprint import COPY, Entry, Layout, entry_of
-from ema_cli.coverage import cover
 from ema_cli.durable import free_bytes
 from ema_cli.errors import Disagreement
 from ema_cli.formats import FORMATS
@@ -19,6 +18,7 @@ from ema_cli.ranges import Destination
 from ema_cli.runs import Run, find_one
 from ema_cli.tensors import Checkpoint, Role, Tensor, describe
 from ema_cli.text import command, shorten
+from ema_cli.work import prepare
 
 TOWARDS = ("shadow", "variable")
 
@@ -188,23 +188,10 @@ def _towards_shadow(checkpoint: Checkpoint, wishes: Wishes) -> list[Entry]:
 
 
 def _plan(request: Request, checkpoint: Checkpoint, layout: Layout) -> Plan:
-    destination = [Destination(layout, 0, 0)]
-    inputs = list(checkpoint.files)
-    copied = ranges.copied_ranges(checkpoint, destination, 0)
-    whole = list(ranges.file_copies(destination, inputs))
-    _, copies = cover((), copied, whole, [checkpoint], [checkpoint.index], [0], [0], ())
-    wanted = {entry.source for entry in ranges.copied_entries(layout)}
-    spilled = tuple(spilling.spilled(checkpoint, wanted))
-    costs = Costs(
-        sum(copy.nbytes for copy in copies),
-        layout.nbytes,
-        BASE_BYTES,
-        free_bytes(os.path.dirname(layout.path.rstrip("/"))),
-        spilling.spilled_bytes(checkpoint, spilled),
-    )
-    run = Run((checkpoint,))
-    done = (tuple(inputs), (0,), (0,), (), tuple(copies))
-    return Plan(request, run, (), (), *done, costs, (spilled,))
+    work = prepare([checkpoint], (), (), [Destination(layout, 0, 0)], request.manner)
+    free = free_bytes(os.path.dirname(layout.path.rstrip("/")))
+    costs = Costs(work.read, layout.nbytes, BASE_BYTES, free, work.spill)
+    return Plan(request, Run((checkpoint,)), (), (), work, costs)
 
 
 def document(layout: Layout, checkpoint: Checkpoint, renamed: Renamed) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from ema_cli.tensors import Stamp
 from ema_cli.text import shorten
 from ema_cli.verifying import Verifier
 from ema_cli.warnings import PlanWarning, warnings
+from ema_cli.work import Work
 
 OnEvent = Callable[[Progress], None]
 # Provenance as far as the plan knows it, and the digest by which an equal output is recognised.
@@ -133,7 +134,7 @@ def all_inputs(plan: Plan) -> list[Stamp]:
     """Return every file of the run, of checkpoints that are not used too."""
     known = (*plan.run.checkpoints, *plan.run.unchosen)
     stamps = (stamp for checkpoint in known for stamp in checkpoint.files)
-    return list(dict.fromkeys((*plan.inputs, *stamps)))
+    return list(dict.fromkeys((*plan.work.inputs, *stamps)))
 
 
 def _document(plan: Plan, outcome: Outcome) -> Document:
@@ -167,11 +168,11 @@ def _write(
     inputs = all_inputs(plan)
     for layout in layouts:
         check_destination(layout, inputs, overwrite=overwrite)
-    return produce(plan, layouts, documents, executor, on_event, overwrite=overwrite)
+    return produce(plan.work, layouts, documents, executor, on_event, overwrite=overwrite)
 
 
 def produce(
-    plan: Plan,
+    work: Work,
     layouts: Sequence[Layout],
     documents: Sequence[Document],
     executor: Executor | None,
@@ -179,28 +180,28 @@ def produce(
     *,
     overwrite: bool,
 ) -> list[str]:
-    """Compute and publish the outputs of a plan; returns what could not be promised.
+    """Carry out work and publish its outputs; returns what could not be promised.
 
     Args:
-        plan: what to compute.
-        layouts: of the outputs, in the order of the plan's targets.
+        work: what to compute.
+        layouts: of the outputs, in the order of its targets.
         documents: their provenance without what only the finished output knows, and plan digests.
         executor: given, or None for threads.
         on_event: told of progress.
         overwrite: replace existing outputs.
     """
     with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(_executor(executor, plan.request.workers))
-        plan = stack.enter_context(_spilled(plan, layouts))
+        pool = stack.enter_context(_executor(executor, work.manner.workers))
+        work = stack.enter_context(_spilled(work, layouts))
         made = [stack.enter_context(Unpublished(layout, overwrite=overwrite)) for layout in layouts]
         paths = [path for one in made for path in one.paths]
-        verifier = Verifier(plan)
-        flaw = engine.carry_out(plan, paths, pool, on_event or _ignore, verifier.add)
+        verifier = Verifier(work)
+        flaw = engine.carry_out(work, paths, pool, on_event or _ignore, verifier.add)
         if flaw is not None:
-            raise flaws.explain(plan, flaw)
+            raise flaws.explain(work, flaw)
         verifier.finish()
         sealed_files = [one.seal(pool) for one in made]
-        files.check_all_unchanged(plan.inputs)
+        files.check_all_unchanged(work.inputs)
         for one, finished, (document, digest) in zip(made, sealed_files, documents, strict=True):
             sealed = record.sealed(document, digest, one.fingerprint(), finished)
             one.publish(sealed)
@@ -209,24 +210,24 @@ def produce(
 
 
 @contextlib.contextmanager
-def _spilled(plan: Plan, layouts: Sequence[Layout]) -> Iterator[Plan]:
-    """Yield the plan with a file for what cannot be read in place, beside the first output."""
-    if not plan.costs.spill:
-        yield plan
+def _spilled(work: Work, layouts: Sequence[Layout]) -> Iterator[Work]:
+    """Yield the work with a file for what cannot be read in place, beside the first output."""
+    if not work.spill:
+        yield work
         return
     root = durable.beside(layouts[0].path.rstrip("/"), durable.SPILL_SUFFIX)
     with storage_errors(os.path.dirname(root) or ".", "cannot create"):
         made = durable.make_directories(os.path.dirname(root) or ".")
     lock = durable.create_locked_directory(root)
     try:
-        inputs = list(plan.inputs)
-        for k, first in enumerate(plan.first_input):
+        inputs = list(work.inputs)
+        for k, first in enumerate(work.first_input):
             if first >= 0:
                 path = os.path.join(root, str(k))
-                checkpoint = plan.run.checkpoints[k]
-                files = spilling.spill(checkpoint, plan.spilled[k], path).files
+                checkpoint = work.checkpoints[k]
+                files = spilling.spill(checkpoint, work.spilled[k], path).files
                 inputs[first : first + len(files)] = files
-        yield dataclasses.replace(plan, inputs=tuple(inputs))
+        yield dataclasses.replace(work, inputs=tuple(inputs))
     finally:
         durable.remove(root)
         durable.remove_empty(made)

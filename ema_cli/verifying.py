@@ -17,10 +17,10 @@ from ema_cli.checksums import Running, shift_all
 from ema_cli.errors import DamagedFile, EmaError, InputChanged
 from ema_cli.files import open_input, page_buffer, read_exact
 from ema_cli.formats import FORMATS
-from ema_cli.plan import Plan
 from ema_cli.tasks import Part, Unit
 from ema_cli.tensors import Checkpoint, Extent, Index, Tensor
 from ema_cli.text import shorten
+from ema_cli.work import Work
 
 Checksums = np.ndarray[Any, np.dtype[np.uint32]]
 
@@ -28,15 +28,13 @@ _BLOCK = 1 << 20
 
 
 class Verifier:
-    """Verifies each unit of a plan as soon as all its bytes were read."""
+    """Verifies each unit of the work as soon as all its bytes were read."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+    def __init__(self, work: Work) -> None:
+        self._work = work
         self._partial: dict[Unit, Part] = {}
         self._orders: dict[int, _Order] = {}
         self._sums: dict[int, Checksums] = {}
-        self._used = [k for k, first in enumerate(plan.first_input) if first >= 0]
-        self._firsts = [plan.first_input[k] for k in self._used]
 
     def add(self, unit: Unit, part: Part) -> None:
         """Count some bytes of a unit. Raises `DamagedFile` when they are complete and wrong."""
@@ -45,20 +43,19 @@ class Verifier:
         if n_bytes < unit.end - unit.start:
             self._partial[unit] = Part(crc, n_bytes)
             return
-        k = self._used[bisect.bisect_right(self._firsts, unit.file) - 1]
-        file = unit.file - self._plan.first_input[k]
+        k, file = self._work.of_file(unit.file)
         if self._expected(k, file, unit.start, unit.end) != crc:
-            raise _damage(self._plan.run.checkpoints[k], file, unit)
+            raise _damage(self._work.checkpoints[k], file, unit)
 
     def finish(self) -> None:
         """Raise when a unit was not read to its end: nothing may go unverified."""
         for unit in self._partial:
-            path = shorten(self._plan.inputs[unit.file].path, 1000)
+            path = shorten(self._work.inputs[unit.file].path, 1000)
             raise EmaError(f"internal error: {path}: bytes {unit.start} to {unit.end} unverified")
 
     def _expected(self, k: int, file: int, start: int, end: int) -> int:
         """Return the checksum of bytes that hold whole extents, one after the other."""
-        checkpoint = self._plan.run.checkpoints[k]
+        checkpoint = self._work.checkpoints[k]
         index = checkpoint.index
         if id(index) not in self._orders:
             self._orders[id(index)] = _Order(index)

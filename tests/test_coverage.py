@@ -49,16 +49,16 @@ class ByteMap:
 def byte_maps(plan: Plan) -> dict[int, ByteMap]:
     """What is read of each checkpoint of single files, by its ordinal."""
     checkpoints = plan.run.checkpoints
-    used = [k for k, first in enumerate(plan.first_input) if first >= 0]
+    used = [k for k, first in enumerate(plan.work.first_input) if first >= 0]
     maps = {k: ByteMap(checkpoints[k].files[0].size) for k in used}
-    for work in plan.averaged:
-        width = DTYPES[work.dtype].bits // 8
+    for one in plan.work.averaged:
+        width = DTYPES[one.dtype].bits // 8
         for k in counting(plan.schedules):
-            place = work.places[plan.index_of[k]]
+            place = one.places[plan.work.index_of[k]]
             assert place.file == 0
-            maps[k].read(place, work.elements, width)
-    ordinals = {plan.first_input[k]: k for k in used}
-    for copy in plan.copies:
+            maps[k].read(place, one.elements, width)
+    ordinals = {plan.work.first_input[k]: k for k in used}
+    for copy in plan.work.copies:
         if copy.place.file in ordinals:
             maps[ordinals[copy.place.file]].read(copy.place, copy.nbytes, 1)
     return maps
@@ -344,8 +344,8 @@ def test_files_beside_the_weights_are_copied_unverified(tmp_path: Path) -> None:
         write_views(folder / "pytorch_model.bin", storages([12], k), {"a": ROWS})
         (folder / "config.json").write_text('{"model_type": "none"}')
     plan = ema_cli.plan_run(tmp_path / "run", tmp_path / "out", average=["mean"])
-    last = plan.first_input[-1]
-    beside = [c for c in plan.copies if c.place.file > last]
+    last = plan.work.first_input[-1]
+    beside = [c for c in plan.work.copies if c.place.file > last]
     assert [(copy.nbytes, copy.place.unit) for copy in beside] == [(22, None)]
     for found in byte_maps(plan).values():
         assert found.verified.sum() == 48
@@ -360,7 +360,7 @@ def test_formats_without_checksums_are_read_unverified(tmp_path: Path) -> None:
         write_checkpoint(tmp_path / "run" / f"m-{k}.safetensors", {"w": np.float32([k, 1])})
     plan = ema_cli.plan_run(tmp_path / "run", tmp_path / "out.safetensors", average=["mean"])
     assert plan.costs.read == 16
-    assert not [copy for copy in plan.copies if not copy.targets]
+    assert not [copy for copy in plan.work.copies if not copy.targets]
 
 
 def test_archives_without_checksums_are_read_unverified(tmp_path: Path) -> None:

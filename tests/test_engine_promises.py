@@ -93,7 +93,7 @@ def test_what_a_copy_overwrites_is_not_read(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [{"w": constant(k)} for k in (np.nan, 2.0, 6.0)])
     output = tmp_path / "out.safetensors"
     result = ema_cli.average_run(run, output, decay=0)
-    assert [Path(stamp.path).name for stamp in result.plan.inputs] == ["model-step-300.safetensors"]
+    assert [Path(stamp.path).name for stamp in result.plan.work.inputs] == ["model-step-300.safetensors"]
     assert read_checkpoint(output)[f"w{SHADOW}"].tolist() == [6.0] * 10
 
 
@@ -113,7 +113,7 @@ def test_twenty_thousand_small_tensors(tmp_path: Path) -> None:
     for names in ("variable", "shadow"):
         options = {"names": names, "average": [f"{names}=mean"]}
         result = ema_cli.average_run(tmp_path / "run", output, **options)
-        assert len(result.plan.averaged) == 1
+        assert len(result.plan.work.averaged) == 1
         found = read_checkpoint(tmp_path / f"{names}.safetensors")
         suffix = SHADOW if names == "shadow" else ""
         together = np.concatenate([found[f"t{k:05}{suffix}"] for k in range(count)])
