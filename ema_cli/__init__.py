@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ema_cli.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from ema_cli.api import average_run, diff, inspect, plan_run, rename, restore_map
+    from ema_cli.api import average_run, diff, export, inspect, plan_run, rename, restore_map
+    from ema_cli.auditing import verify
     from ema_cli.ema import ExponentialMovingAverage
     from ema_cli.errors import EmaError
 
@@ -21,13 +22,19 @@ __all__ = [
     "ExponentialMovingAverage",
     "average_run",
     "diff",
+    "export",
     "inspect",
     "plan_run",
     "rename",
     "restore_map",
+    "verify",
 ]
 
-_HOMES = {"EmaError": "ema_cli.errors", "ExponentialMovingAverage": "ema_cli.ema"}
+_HOMES = {
+    "EmaError": "ema_cli.errors",
+    "ExponentialMovingAverage": "ema_cli.ema",
+    "verify": "ema_cli.auditing",
+}
 
 
 def __getattr__(name: str) -> Any:

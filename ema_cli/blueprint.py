@@ -15,6 +15,9 @@ COPY = "copy"
 BIASED = "biased"
 LOCAL_STEP = "local_step"
 
+# What is written is summed in chunks of this size, counted from the beginning of its file.
+CHUNK_BYTES = 4 << 20
+
 
 class Entry(NamedTuple):
     """One tensor of an output: `part` of the input tensor `source`, sliced as that is."""

@@ -124,8 +124,11 @@ def _moving_of(prefix: str) -> str:
     return durable.beside(prefix, durable.MOVING_SUFFIX)
 
 
-def repair(layout: Layout) -> None:
-    """Undo what a process left that was killed while it published or replaced this output."""
+def repair(layout: Layout, *, keep: bool = False) -> None:
+    """Undo what a process left that was killed while it published or replaced this output.
+
+    `keep`: what it had finished stays under its temporary name, to be gone on with.
+    """
     if layout.kind == "file":
         return  # one rename leaves nothing half done
     destination = layout.path.rstrip("/")
@@ -139,24 +142,27 @@ def repair(layout: Layout) -> None:
     try:
         with storage_errors(destination, "cannot repair"):
             if layout.kind == "prefix":
-                _remove_unfinished(destination, root)
+                _remove_unfinished(destination, root, keep=keep)
             restore(layout)
     finally:
-        durable.remove(root)
+        if keep:
+            durable.remove_empty([root])
+        else:
+            durable.remove(root)
         os.close(lock)
 
 
-def _remove_unfinished(prefix: str, root: str) -> None:
+def _remove_unfinished(prefix: str, root: str, *, keep: bool) -> None:
     """Remove the data files that a killed process gave their names, when its index got none."""
     if os.path.lexists(prefix + tensorflow.SUFFIX) or os.path.lexists(_moving_of(prefix)):
         return
     waiting = os.listdir(root)
     if os.path.basename(prefix) + tensorflow.SUFFIX not in waiting:
         return
-    _remove_staged(prefix, waiting)
+    _remove_staged(prefix, waiting, root if keep else "")
 
 
-def _remove_staged(prefix: str, waiting: Sequence[str] = ()) -> None:
+def _remove_staged(prefix: str, waiting: Sequence[str] = (), back_to: str = "") -> None:
     """Remove the files that a staged provenance names, but for those that have no name yet.
 
     Nothing else that lies there: it may be somebody's checkpoint on its way.
@@ -164,7 +170,10 @@ def _remove_staged(prefix: str, waiting: Sequence[str] = ()) -> None:
     for path, n_bytes in provenance.staged_files(prefix):
         made = os.path.basename(path) not in waiting and os.path.isfile(path)
         if made and os.path.getsize(path) == n_bytes:
-            os.unlink(path)
+            if back_to:
+                os.rename(path, os.path.join(back_to, os.path.basename(path)))
+            else:
+                os.unlink(path)
 
 
 def restore(layout: Layout) -> None:

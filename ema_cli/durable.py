@@ -28,6 +28,8 @@ MOVING_SUFFIX = ".ema-avg.moving"
 
 # What has to be unpacked before it can be read lies beside the output under ".NAME" + this.
 SPILL_SUFFIX = ".ema-avg.spill"
+# Which tasks of a long work are done is told by a log beside the first output, ".NAME" + this.
+PROGRESS_SUFFIX = ".ema-avg.progress"
 
 
 def beside(path: str, suffix: str) -> str:
@@ -38,11 +40,11 @@ def beside(path: str, suffix: str) -> str:
     return os.path.join(head, f".{tail}{suffix}")
 
 
-def create_locked(path: str) -> int:
+def create_locked(path: str, *, empty: bool = True) -> int:
     """Return a descriptor of the empty file `path`, opened O_NOFOLLOW and locked for writing.
 
     What a killed process left there, file or folder, is taken over; what a living process holds
-    raises `Locked`.
+    raises `Locked`. Without `empty` a file keeps what it holds.
     """
     with storage_errors(path, "cannot create"):
         while True:
@@ -55,7 +57,8 @@ def create_locked(path: str) -> int:
             if not _lock(fd, path):
                 continue
             try:
-                os.ftruncate(fd, 0)
+                if empty:
+                    os.ftruncate(fd, 0)
             except OSError:
                 os.close(fd)
                 os.unlink(path)
@@ -201,6 +204,12 @@ def sync(fd: int, path: str) -> None:
         os.fsync(fd)
 
 
+def sync_data(fd: int, path: str) -> None:
+    """Make the bytes of `fd` durable, but no times of the file; see `sync`."""
+    with storage_errors(path, "cannot make durable"):
+        getattr(os, "fdatasync", os.fsync)(fd)  # macOS has only the latter
+
+
 def sync_directory(path: str) -> None:
     """Make the names in directory `path` durable."""
     with storage_errors(path, "cannot make durable"):
@@ -257,5 +266,5 @@ def remove_empty(directories: Iterable[str]) -> None:
 
 def is_temporary(name: str) -> bool:
     """Whether an interrupted run of ours may have left a file of this name."""
-    suffixes = (TEMPORARY_SUFFIX, ASIDE_SUFFIX, MOVING_SUFFIX, SPILL_SUFFIX)
+    suffixes = (TEMPORARY_SUFFIX, ASIDE_SUFFIX, MOVING_SUFFIX, SPILL_SUFFIX, PROGRESS_SUFFIX)
     return name.startswith(".") and name.endswith(suffixes)

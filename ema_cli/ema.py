@@ -9,16 +9,21 @@ import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 
-from ema_cli import kernel
+from ema_cli import kernel, machine
 from ema_cli.errors import Disagreement, UsageError
 from ema_cli.naming import SHADOW_NAME, lowered, shadow_of, unique_name
 from ema_cli.reading import ArrayReader, Source, TensorReader, Values
 from ema_cli.schedules import debias_factor, local_step, one_minus_decay
-from ema_cli.shadows import ShadowStore, SlotWriter, Spec
-from ema_cli.tensors import Checkpoint, DType, describe, numpy_dtype
+from ema_cli.states import shadows
+from ema_cli.states.own import Own, own_of
+from ema_cli.states.records import AVERAGE, BIASED, COPY, LOCAL_STEP, Held, Manifest
+from ema_cli.states.settings import BY_CLASS
+from ema_cli.states.shadows import ShadowStore, SlotWriter
+from ema_cli.tensors import Checkpoint, DType, Extent, describe, numpy_dtype
 from ema_cli.text import near_misses, shorten
 
 NumUpdates = int | str | Callable[[], int] | None
@@ -44,15 +49,17 @@ class ExponentialMovingAverage:
         zero_debias: start from zeros and divide by the bias factor, as TensorFlow does for plain
             Tensors; here for every averaged tensor.
         name: shadows are called ``<variable>/<name>``, made unique with ``_1`` where that is taken.
-        store: directory for the shadows (two slot files); a temporary one when None, removed with
-            the object.
+        store: directory for the shadows, a state as ``ema-avg run --state`` keeps them: it
+            survives the process and is continued by an object with the same arguments. A temporary
+            one when None, removed with the object.
 
     Shadows live in files, in the dtype of their variables: memory does not grow with the model.
 
     Raises:
         UsageError: a decay outside [0, 1], an unknown `num_updates`.
         TypeError: a decay or name of the wrong type.
-        OutputExists: `store` holds shadows already.
+        OtherSettings: `store` holds shadows that were made with other arguments.
+        Locked, DamagedState: it cannot be opened.
     """
 
     def __init__(
@@ -77,7 +84,7 @@ class ExponentialMovingAverage:
         self._zero_debias = zero_debias
         self._name = name
         directory = os.fspath(store) if store is not None else _temporary(self)
-        self._store = ShadowStore(directory)
+        self._store = ShadowStore(directory, self._plan(), lasting=store is not None)
         self._updates = 0
         self._local_steps: dict[str, int] = {}
         self._specs: dict[str, tuple[DType, tuple[int, ...]]] = {}
@@ -85,6 +92,39 @@ class ExponentialMovingAverage:
         self._known: dict[str, DType] = {}
         self._trainable: tuple[str, ...] = ()
         self._taken: set[str] | None = None
+        # Chunks of the slot whose checksum was found right by the apply at hand.
+        self._verified: set[Extent] = set()
+        if self._store.manifest is not None:
+            self._continue(self._store.manifest)
+
+    def _plan(self) -> dict[str, Any]:
+        """Return what the store is bound to; functions are bound to being functions."""
+        decay = "a function" if callable(self._decay) else float(self._decay)
+        given = self._num_updates
+        num_updates = "a function" if callable(given) else given
+        settings = {
+            "decay": decay,
+            "num_updates": num_updates,
+            "zero_debias": self._zero_debias,
+            "name": self._name,
+        }
+        return {
+            "by": BY_CLASS,
+            "tool": machine.versions(),
+            "settings": settings,
+            "averages": ["ema"],
+            "averaged": [],
+        }
+
+    def _continue(self, manifest: Manifest) -> None:
+        """Take up what an earlier object left in the store."""
+        own = own_of(manifest, self._store.state.path)
+        self._updates, self._local_steps = own.updates, own.local_steps
+        self._shadow_names, self._known = own.shadow_names, own.known
+        self._trainable = own.trainable
+        self._specs = {
+            one.variables[0]: (one.dtype, one.shape) for one in manifest.held if one.part == AVERAGE
+        }
 
     @property
     def name(self) -> str:
@@ -109,16 +149,17 @@ class ExponentialMovingAverage:
         """
         values = Values(checkpoint)
         names = self._averaged(values, var_list)
-        first = self._store.generation < 0
+        first = self._store.manifest is None
         updates = self._updates + (0 if first and not self._zero_debias else 1)
         coefficient = self._coefficient(values, updates)
         known = {name: spec[0] for name, spec in values.specs.items()}
         shadow_names = self._named(names, known)
         specs = {**self._specs, **{name: values.specs[name] for name in names}}
         local_steps = dict(self._local_steps)
+        self._verified = set()
         with ExitStack() as stack:
             old = self._store.current
-            writer = stack.enter_context(self._store.write(self._slot_specs(specs, values)))
+            writer = stack.enter_context(self._store.write(self._held(specs, values)))
             for name in specs:
                 if name in names:
                     local_steps[name] = local_steps.get(name, 0) + 1
@@ -129,6 +170,11 @@ class ExponentialMovingAverage:
             for name in values.storable:
                 if name not in ours:
                     _transfer(writer, name, values.open(name))
+            own = Own(updates, local_steps, shadow_names, known, values.trainable(self._name))
+            before = self._store.manifest
+            generation = (before.generation if before else 0) + 1
+            row = values.row(generation, 1.0 if first and not self._zero_debias else coefficient)
+            self._store.commit(writer, own.to_json(), row)
         self._updates, self._local_steps, self._specs = updates, local_steps, specs
         self._shadow_names, self._known, self._taken = shadow_names, known, None
         self._trainable = values.trainable(self._name)
@@ -188,16 +234,22 @@ class ExponentialMovingAverage:
                 taken.add(named[name].lower())
         return named
 
-    def _slot_specs(
+    def _held(
         self, specs: Mapping[str, tuple[DType, tuple[int, ...]]], values: Values
-    ) -> list[Spec]:
-        slot: list[Spec] = []
+    ) -> list[Held]:
+        """Return the tensors of the next slot: shadows, and what else the checkpoint holds."""
+        slot: list[Held] = []
+        parts = (AVERAGE, BIASED, LOCAL_STEP)
         for variable, (dtype, shape) in specs.items():
             shapes = (shape, shape, ())  # the shadow, the biased one, the counter
-            for name, its_shape in zip(self._stored(variable), shapes, strict=False):
-                slot.append((name, dtype, its_shape))
-        taken = {name for name, _, _ in slot}
-        slot += [(name, *values.specs[name]) for name in values.storable if name not in taken]
+            for name, its_shape, part in zip(self._stored(variable), shapes, parts, strict=False):
+                slot.append(shadows.held(name, part, (dtype, its_shape), variable))
+        taken = {one.name for one in slot}
+        slot += [
+            shadows.held(name, COPY, values.specs[name])
+            for name in values.storable
+            if name not in taken
+        ]
         return slot
 
     def _stored(self, variable: str) -> list[str]:
@@ -227,7 +279,9 @@ class ExponentialMovingAverage:
             stack.enter_context(value)
             before: TensorReader | None = None
             if old is not None and name in self._specs:
-                before = stack.enter_context(TensorReader(old, old.index.by_name[stored]))
+                before = stack.enter_context(
+                    TensorReader(old, old.index.by_name[stored], self._verified)
+                )
             for start in range(0, value.elements, _BLOCK_ELEMENTS):
                 block = value.block(start, min(_BLOCK_ELEMENTS, value.elements - start))
                 if before is not None or self._zero_debias:
@@ -247,7 +301,8 @@ class ExponentialMovingAverage:
         """Carry a shadow that this apply does not touch into the next generation."""
         assert old is not None  # noqa: S101  # a shadow that exists lies in a slot
         for stored in self._stored(name):
-            _transfer(writer, stored, TensorReader(old, old.index.by_name[stored]))
+            tensor = old.index.by_name[stored]
+            _transfer(writer, stored, TensorReader(old, tensor, self._verified))
 
     # ------------------------------------------------------------------ asking
 

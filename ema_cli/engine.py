@@ -10,25 +10,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ema_cli import kernel
 from ema_cli.blueprint import COPY
 from ema_cli.files import handle_limit
-from ema_cli.plan import BLOCK_ELEMENTS, TASK_ELEMENTS, block_elements
+from ema_cli.plan import BLOCK_ELEMENTS, block_elements
+from ema_cli.plan import TASK_ELEMENTS as TASK_ELEMENTS
+from ema_cli.progress import Log
 from ema_cli.ranges import Copy, Range
 from ema_cli.schedules import counting
-from ema_cli.tasks import Accumulator, Done, Flaw, Part, Piece, Source, Task, Unit
+from ema_cli.tasks import Accumulator, Done, Flaw, Piece, Source, Task
 from ema_cli.tensors import numpy_dtype, swap_width
 from ema_cli.work import Work
 from ema_cli.worker import run_task
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """An event: bytes read so far and in all."""
+    """An event: bytes read so far and in all; the `note`, if any, is to be told."""
 
     read: int
     total: int
+    note: str = ""
 
 
 def carry_out(
@@ -36,45 +42,71 @@ def carry_out(
     outputs: Sequence[str],
     executor: Executor,
     on_event: Callable[[Progress], None],
-    on_part: Callable[[Unit, Part], None],
+    on_done: Callable[[Done], None],
+    log: Log | None = None,
 ) -> Flaw | None:
     """Carry out the work into the files `outputs`, which exist at their final sizes.
 
     Returns the first non-finite value found, when its manner asks for the check. `executor` is
     neither created nor shut down here; what is in flight is bounded by the manner's workers.
-    `on_part` is told the checksum of what was read of each unit, in any order.
+    `on_done` is told what each task did, in any order. What `log` holds already was done by an
+    earlier process and is not done again; whatever is finished goes there.
     """
-    done, total = 0, work.read
+    read, total = 0, work.read
     on_event(Progress(0, total))
-    limit = 2 * work.manner.workers
-    for result in bounded(executor, run_task, tasks(work, outputs), limit):
-        done += result.read
-        on_event(Progress(done, total))
-        for unit, part in result.parts.items():
-            on_part(unit, part)
-        if result.flaw is not None:
-            return result.flaw
+    earlier = dict(log.done) if log is not None else {}
+    for done in earlier.values():
+        read += done.read
+        on_done(done)
+    if earlier:
+        on_event(Progress(read, total))
+    left = ((k, task) for k, task in enumerate(tasks(work, outputs)) if k not in earlier)
+
+    def record(ordinal: int, done: Done) -> None:
+        if log is not None and done.flaw is None:
+            log.add(ordinal, done)
+
+    for ordinal, done in bounded(executor, run_task, left, 2 * work.manner.workers, record):
+        read += done.read
+        on_event(Progress(read, total))
+        on_done(done)
+        record(ordinal, done)
+        if done.flaw is not None:
+            return done.flaw
     return None
 
 
 def bounded(
-    executor: Executor, function: Callable[[Task], Done], work: Iterable[Task], limit: int
-) -> Iterator[Done]:
-    """Yield results as they come; never more than `limit` tasks are in flight."""
-    pending: set[Future[Done]] = set()
+    executor: Executor,
+    function: Callable[[Task], T],
+    work: Iterable[tuple[int, Task]],
+    limit: int,
+    late: Callable[[int, T], None],
+) -> Iterator[tuple[int, T]]:
+    """Yield the ordinals and results of tasks as they come; at most `limit` are in flight.
+
+    When something ends this early, those that run are waited for, and `late` is told what they
+    did: it is no less done.
+    """
+    pending: dict[Future[T], int] = {}
+
+    def finished() -> Iterator[tuple[int, T]]:
+        for future in wait(pending, return_when=FIRST_COMPLETED).done:
+            yield pending.pop(future), future.result()
+
     try:
-        for task in work:
-            pending.add(executor.submit(function, task))
+        for ordinal, task in work:
+            pending[executor.submit(function, task)] = ordinal
             if len(pending) >= limit:
-                finished, pending = wait(pending, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in finished)
+                yield from finished()
         while pending:
-            finished, pending = wait(pending, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in finished)
+            yield from finished()
     finally:
         for future in pending:
             future.cancel()
-        wait(pending)
+        for future in wait(pending).done:
+            if not future.cancelled() and future.exception() is None:
+                late(pending[future], future.result())
 
 
 def tasks(work: Work, outputs: Sequence[str]) -> Iterator[Task]:
@@ -82,17 +114,20 @@ def tasks(work: Work, outputs: Sequence[str]) -> Iterator[Task]:
     manner = work.manner
     handles = handle_limit(manner.workers)
     block = block_elements(BLOCK_ELEMENTS, manner.workers, max(len(work.schedules), 1))
-    paths = tuple(outputs)
+    common = Task(
+        *(work.inputs, tuple(outputs), (), handles),
+        *(manner.check, block, manner.like, manner.summed),
+    )
     batch: list[Piece] = []
     filled = 0
     for piece in pieces(work):
         batch.append(piece)
         filled += piece.elements
         if filled >= TASK_ELEMENTS:
-            yield Task(work.inputs, paths, tuple(batch), handles, manner.check, block, manner.like)
+            yield common._replace(pieces=tuple(batch))
             batch, filled = [], 0
     if batch:
-        yield Task(work.inputs, paths, tuple(batch), handles, manner.check, block, manner.like)
+        yield common._replace(pieces=tuple(batch))
 
 
 def pieces(work: Work) -> Iterator[Piece]:

@@ -10,13 +10,15 @@ the text is made in ``__str__``. Exit codes are the contract of ``docs/architect
     ├── InputError           12  damaged, hostile, unsupported, changed while read
     │   ├── DamagedFile          one invariant of a format is broken
     │   ├── UnsupportedInput     known, but not read by this version
-    │   └── InputChanged         changed between plan and publication
+    │   ├── InputChanged         changed between plan and publication
+    │   └── DamagedState         a file of a state is not what was written
     ├── Disagreement         13  names, shapes, dtypes or steps disagree
     ├── OutputExists         14  output exists or is an input
     ├── StorageError         15  disk full or I/O error
+    ├── OtherSettings        16  the state belongs to other settings
     └── NonFinite            17  a result is NaN or infinite
 
-130 and 143 (interrupted, terminated) are signals, not errors; 16 belongs to durable states.
+130 and 143 (interrupted, terminated) are signals, not errors.
 """
 
 from __future__ import annotations
@@ -110,6 +112,29 @@ class InputChanged(InputError):
     """An input changed between the plan and the publication of the result."""
 
 
+class DamagedState(InputError):
+    """A file of a state is not what was written there.
+
+    Args:
+        path: the file.
+        reason: what was expected and found.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+
+    @property
+    def message(self) -> str:
+        """``FILE: reason``."""
+        path, reason = self.args
+        return f"{shorten(path, 1000)}: {reason}"
+
+    @property
+    def hint(self) -> str:
+        """What can be done about a damaged state."""
+        return "bring the state back from a copy, or begin a new one in another directory"
+
+
 class Disagreement(EmaError):
     """Names, shapes, dtypes or steps disagree."""
 
@@ -126,6 +151,12 @@ class StorageError(EmaError):
     """The disk is full or an I/O call failed."""
 
     exit_code = 15
+
+
+class OtherSettings(EmaError):
+    """A state belongs to other settings than those asked for."""
+
+    exit_code = 16
 
 
 class NonFinite(EmaError):
@@ -145,6 +176,7 @@ EXIT_CODES: dict[int, str] = {
     13: "names, shapes, dtypes or steps disagree, or a restore would fail",
     14: "the output exists or is an input",
     15: "disk full or I/O error",
+    16: "the state belongs to other settings",
     17: "non-finite values",
     130: "interrupted",
     143: "terminated",

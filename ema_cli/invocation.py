@@ -14,15 +14,26 @@ from ema_cli.specs import default_label
 
 def run_words(request: Request, averages: tuple[Average, ...]) -> list[str]:
     """Return the words of ``ema-avg run`` for `request`, but with these averages."""
-    words = ["ema-avg", "run", *request.paths]
-    words += _choice(request.choice)
-    words += _averages(averages)
+    words = ["ema-avg", "run", *request.paths, *_settings(request, averages)]
+    return [*words, *_wishes(request.wishes), "-o", request.output or "OUT"]
+
+
+def setting_words(request: Request) -> list[str]:
+    """Return the options of a request that a state is bound to: what is averaged, and how."""
+    words = _settings(request, request.averages)
+    for option in ("name", "optimizer"):
+        words += _option(option, getattr(request.wishes, option), getattr(Wishes(), option))
+    return words
+
+
+def _settings(request: Request, averages: tuple[Average, ...]) -> list[str]:
+    words = [*_choice(request.choice), *_averages(averages)]
     for rule in request.rules:
         words += ["--include" if rule.include else "--exclude", rule.pattern]
     plain = Request((), None, ())
     for option in ("statistics", "shadow_dtype", "like", "non_finite"):
         words += _option(option, getattr(request, option), getattr(plain, option))
-    return [*words, *_wishes(request.wishes), "-o", request.output or "OUT"]
+    return words
 
 
 def _option(name: str, value: object, default: object) -> list[str]:

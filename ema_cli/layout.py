@@ -154,6 +154,16 @@ def _is_template(wishes: Wishes, chosen: str, names: str, last: Checkpoint, s: S
     )
 
 
+def is_whole(wishes: Wishes, last: Checkpoint, selection: Selection) -> bool:
+    """Whether an output in the last checkpoint's own format would keep its optimizer state."""
+    if wishes.optimizer != "auto":
+        return wishes.optimizer == "keep"
+    chosen = last.index.format
+    names = output_names(wishes, chosen, last.index)
+    template = _is_template(wishes, chosen, names, last, selection)
+    return template or naming.OBJECT_GRAPH in last.index.by_name
+
+
 def _tied(index: Index, selection: Selection) -> bool:
     """Whether bytes have two names of which one is averaged and the other is not."""
     averaged = {tensor.name for tensor in (*selection.averaged, *selection.replaced)}

@@ -5,6 +5,7 @@ Nothing half-written ever has a final name.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,18 +15,36 @@ from typing import Any
 from ema_cli import destination, durable, provenance
 from ema_cli.blueprint import Layout, Patch
 from ema_cli.checksums import CRC32C
-from ema_cli.errors import EmaError, StorageError, storage_errors
+from ema_cli.errors import EmaError, Locked, StorageError, storage_errors
 from ema_cli.formats import FORMATS, Known
 from ema_cli.tensors import NO_FILE, Extent
 from ema_cli.text import shorten, size
 
 
+def is_interrupted(layout: Layout) -> bool:
+    """Whether there is a log of interrupted work whose first output is this one."""
+    return os.path.lexists(durable.beside(layout.path, durable.PROGRESS_SUFFIX))
+
+
+def forget(layout: Layout) -> None:
+    """Remove what a process left that was killed when the output stood already."""
+    if is_interrupted(layout):
+        with contextlib.suppress(Locked), Unpublished(layout, overwrite=True) as left:
+            left.discard()
+
+
 class Unpublished:
     """One output under its temporary name; a context that leaves nothing behind on failure.
+
+    Entering locks the name and changes nothing of what a killed process left there: either `begin`
+    or `go_on` comes next.
 
     Attributes:
         layout: what it will be.
         paths: its files under their temporary names, in the order of ``layout.files``.
+        log: where the log of the work lies that fills this output first.
+        left: whether a killed process left something here.
+        kept: what is made so far is for another process to go on with; set after an interruption.
         notes: what could not be promised.
     """
 
@@ -34,6 +53,7 @@ class Unpublished:
         self._overwrite = overwrite
         self.destination = layout.path.rstrip("/")
         self.root = durable.beside(self.destination, durable.TEMPORARY_SUFFIX)
+        self.log = durable.beside(self.destination, durable.PROGRESS_SUFFIX)
         # Where a reader finds the output as long as it has no name.
         self._readable = self.root
         if layout.kind == "prefix":
@@ -41,6 +61,8 @@ class Unpublished:
         self._files = provenance.files_of(self._readable, [file.name for file in layout.files])
         self.paths = [path for _, path in self._files]
         self.notes = list(layout.notes)
+        self.left = False
+        self.kept = False
         self._lock = -1
         self._made: list[str] = []
         # CRC-32C for each 64 MiB of the files that the seal made known already.
@@ -51,26 +73,35 @@ class Unpublished:
         parent = os.path.dirname(self.destination)
         with storage_errors(parent or ".", "cannot create"):
             self._made = durable.make_directories(parent or ".")
+        # A signal may come at any moment: what was there before is not ours to remove.
+        self.left = self.kept = os.path.lexists(self.root) or os.path.lexists(self.log)
         if self.layout.kind == "file":
-            self._lock = durable.create_locked(self.root)
+            self._lock = durable.create_locked(self.root, empty=False)
         else:
-            self._lock = durable.create_locked_directory(self.root)
+            self._lock = durable.create_locked_directory(self.root, empty=False)
         try:
             with storage_errors(self.destination, "cannot repair"):
                 self._repair()
-            self._create()
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._published:
+        if not self._published and not self.kept:
             durable.remove(self.root)
             durable.remove_empty(self._made)
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+    def discard(self) -> None:
+        """Give up what a killed process left; its log goes first, so that nobody believes it."""
+        self.kept = False
+        if os.path.lexists(self.log):
+            with storage_errors(self.log, "cannot remove"):
+                os.unlink(self.log)
+            durable.sync_directory(os.path.dirname(self.log))
 
     def _repair(self) -> None:
         """Finish what a killed replacement left, now that the lock says nobody else does."""
@@ -79,8 +110,25 @@ class Unpublished:
             # Repaired just now, or published by another process before we had the lock.
             raise destination.exists(shorten(self.destination, 1000))
 
-    def _create(self) -> None:
-        needed, free = self.layout.nbytes, durable.free_bytes(os.path.dirname(self.root))
+    def begin(self) -> None:
+        """Make the files anew, at their sizes and with what is known of them already."""
+        self.discard()
+        with storage_errors(self.root, "cannot create"):
+            if self.layout.kind == "file":
+                os.ftruncate(self._lock, 0)
+            else:
+                for name in os.listdir(self._lock):
+                    os.unlink(name, dir_fd=self._lock)
+        self._create(self.layout.nbytes)
+
+    def go_on(self) -> None:
+        """Keep what the files hold, but for what is known of them: a seal may have changed it."""
+        with storage_errors(self.root, "cannot open"):
+            allocated = sum(os.lstat(path).st_blocks * 512 for path in self.paths)
+        self._create(self.layout.nbytes - allocated)
+
+    def _create(self, needed: int) -> None:
+        free = durable.free_bytes(os.path.dirname(self.root))
         if needed > free:
             raise StorageError(
                 f"{shorten(self.destination, 1000)}: needs {size(needed)}, "
@@ -88,8 +136,11 @@ class Unpublished:
                 "free some space, or write elsewhere with -o",
             )
         for path, file in zip(self.paths, self.layout.files, strict=True):
-            fd = self._lock if path == self.root else durable.create_locked(path)
+            fd = self._lock if path == self.root else durable.create_locked(path, empty=False)
             try:
+                if os.fstat(fd).st_size > file.nbytes:
+                    with storage_errors(path, "cannot truncate"):
+                        os.ftruncate(fd, file.nbytes)
                 if not durable.reserve(fd, file.nbytes, path):
                     self.notes.append(f"{shorten(path, 1000)}: space could not be reserved")
                 for offset, data in file.literals:

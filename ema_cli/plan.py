@@ -121,7 +121,7 @@ def make(request: Request) -> Plan:
     Raises every error that can be known before: `InputError`, `Disagreement`, `UsageError`,
     `NothingToAverage`.
     """
-    _check_output(request)
+    check_output(request)
     known: Known = {}
     run = runs.find(request.paths, request.choice, known)
     schedules, ordinals = _schedules(request, run)
@@ -136,7 +136,8 @@ def make(request: Request) -> Plan:
     return Plan(request, run, tuple(schedules), tuple(outcomes), work, costs)
 
 
-def _check_output(request: Request) -> None:
+def check_output(request: Request) -> None:
+    """Raise `UsageError` when several averages would have one output."""
     several = len(request.averages) > 1
     if request.output is not None and several and "{average}" not in request.output:
         raise UsageError(

@@ -188,7 +188,10 @@ def stage(output: str, document: Mapping[str, Any]) -> str:
     # One line per entry of the document: readable, and encoded at full speed.
     lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in document.items())
     text = "{\n" + ",\n".join(lines) + "\n}\n"
-    return durable.stage(path_for(output), text.encode("ascii"))
+    staged = durable.stage(path_for(output), text.encode("ascii"))
+    # Its name too: an output that is there without it would be nobody's.
+    durable.sync_directory(os.path.dirname(staged))
+    return staged
 
 
 def publish(staged: str, output: str) -> None:

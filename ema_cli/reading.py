@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import weakref
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,7 @@ from ema_cli.files import Handles, open_unchanged, read_exact
 from ema_cli.formats import safetensors
 from ema_cli.kernel import Array
 from ema_cli.naming import STEP_NAMES, role_in, role_of
+from ema_cli.states.records import Row, row_of
 from ema_cli.steps import step_from_name, stored_step
 from ema_cli.tensors import DTYPES, Checkpoint, DType, Extent, Role, Tensor, numpy_dtype, swap_width
 from ema_cli.text import shorten
@@ -201,6 +203,16 @@ class Values:
             return ArrayReader(self._arrays[name])
         tensor = self._checkpoint.index.by_name[name]
         return TensorReader(self._checkpoint, tensor, self._verified)
+
+    def row(self, generation: int, coefficient: float) -> Row:
+        """Return the line of the ledger that tells of this checkpoint."""
+        if self._checkpoint is None:
+            return Row(None, "", "", (), (coefficient,), "", generation)
+        found = self._checkpoint
+        stored = stored_step(found)
+        step = stored.value if stored else step_from_name(found.name)
+        named = dataclasses.replace(found, step=step)
+        return row_of(named, generation, [coefficient])
 
     def _readable(self, checkpoint: Checkpoint) -> Checkpoint:
         """Return the checkpoint with all its tensors readable as long as this object is there."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from ema_cli import machine, provenance
+from ema_cli import machine, provenance, replay
 from ema_cli.plan import Outcome, Plan
 from ema_cli.runs import Run
 from ema_cli.schedules import effective_count, mean_age
@@ -31,6 +31,7 @@ def describe(plan: Plan, outcome: Outcome) -> dict[str, Any]:
             "mean_age": mean_age(outcome.weights, plan.run.steps),
             "weight_sum": sum(outcome.weights),
         },
+        "request": replay.recorded(plan.request, average),
         "inputs": _inputs(plan, outcome),
         "averaged": [tensor.name for tensor in outcome.selection.averaged],
         "copied": [{"name": name, "reason": reason} for name, reason in copied(outcome)],

@@ -1,36 +1,27 @@
-"""From a plan to published outputs: create, compute, seal, check, publish."""
+"""Carries out a plan, unless its outputs are there already, and tells what was done."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any
 
-from ema_cli import durable, engine, files, flaws, provenance, record, spilling
 from ema_cli import plan as planning
+from ema_cli import provenance, record
 from ema_cli.announcing import announce
-from ema_cli.blueprint import Layout
 from ema_cli.destination import check_destination, repair
-from ema_cli.engine import Progress
-from ema_cli.errors import InputError, UsageError, storage_errors
-from ema_cli.output import Unpublished
+from ema_cli.errors import InputError, UsageError
+from ema_cli.output import forget, is_interrupted
 from ema_cli.plan import Outcome, Plan
+from ema_cli.producing import Document, produce
+from ema_cli.producing import OnEvent as OnEvent
 from ema_cli.runs import Run
 from ema_cli.search import PassedOver
 from ema_cli.tensors import Stamp
 from ema_cli.text import shorten
-from ema_cli.verifying import Verifier
 from ema_cli.warnings import PlanWarning, warnings
-from ema_cli.work import Work
-
-OnEvent = Callable[[Progress], None]
-# Provenance as far as the plan knows it, and the digest by which an equal output is recognised.
-Document = tuple[dict[str, Any], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,22 +74,29 @@ def run_plan(
     plan: Plan,
     *,
     overwrite: bool = False,
+    restart: bool | None = None,
     executor: Executor | None = None,
     on_event: OnEvent | None = None,
 ) -> RunResult:
-    """Carry out a plan made by `plan_run`; see `average_run`."""
+    """Carry out a plan made by `plan_run`; see `average_run`.
+
+    `restart` is None where nobody can ask for it.
+    """
     started = time.monotonic()
     if plan.request.output is None:
         raise UsageError("no output: expected -o OUT")
     found = tuple(warnings(plan))
     documents = [_document(plan, outcome) for outcome in plan.outcomes]
+    keep = is_interrupted(plan.outcomes[0].layout)
     for outcome in plan.outcomes:
-        repair(outcome.layout)
+        repair(outcome.layout, keep=keep)
         provenance.recover(outcome.layout.path)
     same = [
         not overwrite and _unchanged(outcome.layout.path, digest)
         for outcome, (_, digest) in zip(plan.outcomes, documents, strict=True)
     ]
+    if same[0]:
+        forget(plan.outcomes[0].layout)
     notes: list[str] = []
     read = 0 if all(same) else plan.costs.read
     if any(same) and not all(same):
@@ -106,9 +104,9 @@ def run_plan(
         rest = planning.make(dataclasses.replace(plan.request, averages=tuple(averages)))
         documents = [_document(rest, outcome) for outcome in rest.outcomes]
         read = rest.costs.read
-        notes = _write(rest, documents, overwrite, executor, on_event)
+        notes = _write(rest, documents, overwrite, restart, executor, on_event)
     elif not all(same):
-        notes = _write(plan, documents, overwrite, executor, on_event)
+        notes = _write(plan, documents, overwrite, restart, executor, on_event)
     for outcome, done in zip(plan.outcomes, same, strict=True):
         if done:  # also by a process that was killed before it said so
             notes.extend(announce(outcome.layout, written=False))
@@ -142,10 +140,6 @@ def _document(plan: Plan, outcome: Outcome) -> Document:
     return document, record.plan_digest(document, outcome)
 
 
-def _ignore(event: Progress) -> None:
-    del event
-
-
 def refuse_warnings(found: Sequence[PlanWarning], run: Run) -> None:
     """Raise the first warning or unusable entry as an error, as ``strict`` asks."""
     for warning in found:
@@ -158,6 +152,7 @@ def _write(
     plan: Plan,
     documents: Sequence[Document],
     overwrite: bool,
+    restart: bool | None,
     executor: Executor | None,
     on_event: OnEvent | None,
 ) -> list[str]:
@@ -168,77 +163,13 @@ def _write(
     inputs = all_inputs(plan)
     for layout in layouts:
         check_destination(layout, inputs, overwrite=overwrite)
-    return produce(plan.work, layouts, documents, executor, on_event, overwrite=overwrite)
-
-
-def produce(
-    work: Work,
-    layouts: Sequence[Layout],
-    documents: Sequence[Document],
-    executor: Executor | None,
-    on_event: OnEvent | None = None,
-    *,
-    overwrite: bool,
-) -> list[str]:
-    """Carry out work and publish its outputs; returns what could not be promised.
-
-    Args:
-        work: what to compute.
-        layouts: of the outputs, in the order of its targets.
-        documents: their provenance without what only the finished output knows, and plan digests.
-        executor: given, or None for threads.
-        on_event: told of progress.
-        overwrite: replace existing outputs.
-    """
-    with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(_executor(executor, work.manner.workers))
-        work = stack.enter_context(_spilled(work, layouts))
-        made = [stack.enter_context(Unpublished(layout, overwrite=overwrite)) for layout in layouts]
-        paths = [path for one in made for path in one.paths]
-        verifier = Verifier(work)
-        flaw = engine.carry_out(work, paths, pool, on_event or _ignore, verifier.add)
-        if flaw is not None:
-            raise flaws.explain(work, flaw)
-        verifier.finish()
-        sealed_files = [one.seal(pool) for one in made]
-        files.check_all_unchanged(work.inputs)
-        for one, finished, (document, digest) in zip(made, sealed_files, documents, strict=True):
-            sealed = record.sealed(document, digest, one.fingerprint(), finished)
-            one.publish(sealed)
-        notes = [note for one in made for note in one.notes]
-        return notes + [note for layout in layouts for note in announce(layout)]
-
-
-@contextlib.contextmanager
-def _spilled(work: Work, layouts: Sequence[Layout]) -> Iterator[Work]:
-    """Yield the work with a file for what cannot be read in place, beside the first output."""
-    if not work.spill:
-        yield work
-        return
-    root = durable.beside(layouts[0].path.rstrip("/"), durable.SPILL_SUFFIX)
-    with storage_errors(os.path.dirname(root) or ".", "cannot create"):
-        made = durable.make_directories(os.path.dirname(root) or ".")
-    lock = durable.create_locked_directory(root)
-    try:
-        inputs = list(work.inputs)
-        for k, first in enumerate(work.first_input):
-            if first >= 0:
-                path = os.path.join(root, str(k))
-                checkpoint = work.checkpoints[k]
-                files = spilling.spill(checkpoint, work.spilled[k], path).files
-                inputs[first : first + len(files)] = files
-        yield dataclasses.replace(work, inputs=tuple(inputs))
-    finally:
-        durable.remove(root)
-        durable.remove_empty(made)
-        os.close(lock)
-
-
-@contextlib.contextmanager
-def _executor(given: Executor | None, workers: int) -> Iterator[Executor]:
-    """Yield the executor that was given, or threads that end with the context."""
-    if given is not None:
-        yield given
-        return
-    with ThreadPoolExecutor(workers, thread_name_prefix="ema-avg") as pool:
-        yield pool
+    return produce(
+        plan.work,
+        layouts,
+        documents,
+        executor,
+        on_event,
+        overwrite=overwrite,
+        resumable=True,
+        restart=restart,
+    )

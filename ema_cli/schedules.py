@@ -129,7 +129,7 @@ def schedule(
         values = [1.0] + [1 - average.family.decay] * (len(chosen) - 1)
     else:
         values = _coefficients(average, [steps[k] for k in chosen], [names[k] for k in chosen])
-    values = _drop_overwritten(values)
+    values = drop_overwritten(values)
     if not any(values):
         raise Disagreement(f"average '{shorten(average.spec)}': every checkpoint has weight zero")
     coefficients = [0.0] * len(steps)
@@ -139,7 +139,7 @@ def schedule(
     return Schedule(tuple(coefficients), average.zero_debias, len(chosen), chosen[-1], decay)
 
 
-def _drop_overwritten(values: list[float]) -> list[float]:
+def drop_overwritten(values: list[float]) -> list[float]:
     """Return `values` with zeros before the last 1: what a copy overwrites is never read."""
     copies = [k for k, value in enumerate(values) if value == 1.0]
     start = copies[-1] if copies else 0

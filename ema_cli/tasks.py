@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ema_cli.chunks import Made
 from ema_cli.ranges import Span, Target
 from ema_cli.regions import Grid
 from ema_cli.tensors import Stamp
@@ -72,6 +73,7 @@ class Task(NamedTuple):
         check: report the first non-finite value instead of writing it.
         block: elements that are worked on at a time.
         like: whose arithmetic.
+        summed: let the kernel copy nothing unseen.
     """
 
     inputs: tuple[Stamp, ...]
@@ -81,6 +83,7 @@ class Task(NamedTuple):
     check: bool
     block: int
     like: str = "tensorflow"
+    summed: bool = False
 
 
 class Flaw(NamedTuple):
@@ -108,10 +111,28 @@ class Part(NamedTuple):
     nbytes: int
 
 
+class Cloned(NamedTuple):
+    """A piece of a task that the kernel copied, unseen, to an output file."""
+
+    piece: int
+    file: int
+
+
 class Done(NamedTuple):
-    """What a task did: bytes read and written, the units it read of, the first flaw it met."""
+    """What a task did.
+
+    Attributes:
+        read: bytes.
+        written: bytes.
+        parts: the units it read of.
+        made: what it contributes to the CRC-32C of each chunk, by output file and chunk.
+        flaw: the first it met.
+        cloned: its pieces that contribute nothing, because nobody saw their bytes.
+    """
 
     read: int
     written: int
     parts: dict[Unit, Part]
+    made: Made
     flaw: Flaw | None = None
+    cloned: tuple[Cloned, ...] = ()

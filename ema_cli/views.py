@@ -132,6 +132,8 @@ class Out:
 
     def progress(self, event: Progress) -> None:
         """Show how far a run is: one changing line, on a terminal that can change it."""
+        if event.note:
+            self.say(event.note)
         dumb = os.environ.get("TERM") == "dumb"
         if not self.quiet and not self.as_json and not dumb and self._stderr.isatty():
             self._progress.show(event)

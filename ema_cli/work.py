@@ -21,13 +21,15 @@ from ema_cli.tensors import DTYPES, Checkpoint, Index, Stamp, Tensor
 class Manner:
     """How the averages are computed; the options of `ema_cli.average_run`.
 
-    `check` is whether the first non-finite value ends the work.
+    `check` is whether the first non-finite value ends the work, `summed` whether every byte that
+    is written has to be seen, so that the kernel may not copy by itself.
     """
 
     shadow_dtype: str = "auto"
     like: str = "tensorflow"
     check: bool = True
     workers: int = 1
+    summed: bool = False
 
 
 @dataclass(frozen=True, eq=False)

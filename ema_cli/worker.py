@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -13,12 +14,13 @@ import numpy as np
 from ema_cli import gathering, kernel
 from ema_cli.blueprint import BIASED, COPY
 from ema_cli.checksums import CRC32C, Running
+from ema_cli.chunks import Chunks
 from ema_cli.durable import start_writing, write_exact
 from ema_cli.errors import storage_errors
 from ema_cli.files import Handles, open_unchanged, page_buffer, read_exact
 from ema_cli.ranges import Target
 from ema_cli.regions import stretches
-from ema_cli.tasks import Accumulator, Done, Flaw, Part, Piece, Source, Task, Unit
+from ema_cli.tasks import Accumulator, Cloned, Done, Flaw, Part, Piece, Source, Task, Unit
 from ema_cli.tensors import NumpyDType, numpy_dtype
 
 COPY_BLOCK = 1 << 20
@@ -30,19 +32,19 @@ _CANNOT_COPY = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 def run_task(task: Task) -> Done:
     """Work on all pieces of a task; running it again writes the same bytes again."""
     read = written = 0
-    parts: dict[Unit, Part] = {}
     with (
         Handles(lambda k: open_unchanged(task.inputs[k]), task.handles) as inputs,
         Handles(lambda k: _open_output(task.outputs[k]), task.handles) as outputs,
     ):
-        work = _Work(task, inputs, outputs, parts)
-        for piece in task.pieces:
+        work = _Work(task, inputs, outputs)
+        for work.ordinal, piece in enumerate(task.pieces):
             method = work.copy if piece.shadow == COPY else work.average
             more_read, more_written, flaw = method(piece)
             read, written = read + more_read, written + more_written
             if flaw is not None:
-                return Done(read, written, parts, flaw)
-    return Done(read, written, parts)
+                break
+        made, cloned = work.made.made(), tuple(work.cloned)
+        return Done(read, written, work.parts, made, flaw, cloned)
 
 
 def _open_output(path: str) -> int:
@@ -50,21 +52,30 @@ def _open_output(path: str) -> int:
         return os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
-class _Work:
-    """The open files of a task, and the checksums of what is read from them."""
+def size_of(path: str) -> int:
+    """Return the size of an output file, which has its final one from the beginning."""
+    with storage_errors(path, "cannot open"):
+        return os.stat(path, follow_symlinks=False).st_size
 
-    def __init__(
-        self, task: Task, inputs: Handles, outputs: Handles, parts: dict[Unit, Part]
-    ) -> None:
+
+class _Work:
+    """The open files of a task, and the checksums of what is read from and written to them."""
+
+    def __init__(self, task: Task, inputs: Handles, outputs: Handles) -> None:
         self.task = task
         self.inputs = inputs
         self.outputs = outputs
-        self.parts = parts
+        self.parts: dict[Unit, Part] = {}
+        self.made = Chunks(functools.cache(lambda file: size_of(task.outputs[file])))
+        self.cloned: list[Cloned] = []
+        self.ordinal = 0  # of the piece at hand
 
     def copy(self, piece: Piece) -> tuple[int, int, None]:
         """Copy one piece; returns the bytes read and written."""
         source, targets = piece.sources[0], piece.accumulators[0].targets
-        if _as_it_lies(source, targets) and self._clone(piece, source, targets[0]):
+        seen = self.task.summed or not _as_it_lies(source, targets)
+        if not seen and self._clone(piece, source, targets[0]):
+            self.cloned.append(Cloned(self.ordinal, targets[0].file))
             return piece.elements, piece.elements, None
         buffer = _reused("copy", np.dtype(np.uint8), min(COPY_BLOCK, piece.elements))
         running = Running(source.checksum or CRC32C)
@@ -172,20 +183,14 @@ class _Work:
         fd, path = self.outputs.fd(target.file), self.task.outputs[target.file]
         if target.swap:
             block = block.view(f"u{target.swap}").byteswap().view(block.dtype)
-        first = piece.start + start
-        if target.grid and gathering.is_scattered(target.grid, block.itemsize):
 
-            def write(part: memoryview, offset: int) -> None:
-                write_exact(fd, part, offset, path)
-
-            gathering.put(target.grid, target.offset, first, block, write)
-            return
-        view, width, done = block.view(np.uint8).data, block.itemsize, 0
-        for offset, n in stretches(target.offset, target.grid, width, first, len(block)):
-            write_exact(fd, view[done : done + n * width], offset, path)
-            done += n * width
+        def write(part: memoryview, offset: int) -> None:
+            write_exact(fd, part, offset, path)
+            self.made.add(target.file, offset, part)
             if target.grid is None:
-                start_writing(fd, offset, block.nbytes)
+                start_writing(fd, offset, len(part))
+
+        place(target, piece.start + start, block, write)
 
     def count(self, source: Source, running: Running) -> None:
         """Add what was read of a source to the checksum of its unit."""
@@ -194,6 +199,22 @@ class _Work:
             crc, n_bytes = self.parts.get(unit, (0, 0))
             crc ^= running.contribution(unit.end)
             self.parts[unit] = Part(crc, n_bytes + running.nbytes)
+
+
+def place(
+    target: Target, first: int, block: kernel.Array, move: Callable[[memoryview, int], None]
+) -> None:
+    """Call `move` with each part of a block and the offset where a target has it.
+
+    The block holds the elements of the target's range from `first` on.
+    """
+    if target.grid and gathering.is_scattered(target.grid, block.itemsize):
+        gathering.put(target.grid, target.offset, first, block, move)
+        return
+    view, width, done = block.view(np.uint8).data, block.itemsize, 0
+    for offset, n in stretches(target.offset, target.grid, width, first, len(block)):
+        move(view[done : done + n * width], offset)
+        done += n * width
 
 
 _KEPT = threading.local()

@@ -19,8 +19,8 @@ from helpers import (
 )
 
 import ema_cli
-from ema_cli.api import run_plan
 from ema_cli.engine import Progress
+from ema_cli.running import run_plan
 
 SHADOW = "/ExponentialMovingAverage"
 

@@ -17,8 +17,9 @@ from exact import tensorflow_coefficient
 from helpers import CODES, bits_equal, dtype_of, raw_safetensors, read_checkpoint, write_checkpoint
 from safetensors import safe_open
 
+import ema_cli
 from ema_cli import ExponentialMovingAverage
-from ema_cli.errors import Disagreement, InputError, OutputExists, StorageError
+from ema_cli.errors import Disagreement, InputError, Locked, OtherSettings, StorageError
 
 Array = np.ndarray[Any, Any]
 ONE = {"v": np.float32([1, 2, 3]), "w": np.float32([4])}
@@ -168,7 +169,7 @@ def test_slots_are_safetensors_files_with_aligned_data(tmp_path: Path) -> None:
         with safe_open(path, framework="np") as reader:
             assert set(reader.keys()) == set(expected)
             assert np.array_equal(reader.get_tensor("v"), slot["v"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["slot.0", "slot.1"]
+    assert sorted(path.name for path in tmp_path.glob("slot*")) == ["slot.0", "slot.1"]
 
 
 def test_every_dtype_is_carried_along_in_the_slots(tmp_path: Path) -> None:
@@ -200,14 +201,46 @@ def test_a_temporary_store_goes_with_its_object(
     assert bits_equal(np.array(average), mixed(ONE["v"], TWO["v"]))
 
 
-def test_a_store_that_holds_slots_is_refused(tmp_path: Path) -> None:
-    """Shadows of somebody else are neither continued nor overwritten."""
+def test_a_store_is_written_by_one_object_at_a_time(tmp_path: Path) -> None:
+    """Another object is refused as long as the first is there."""
     ema = two_steps(store=tmp_path)
-    before = (tmp_path / "slot.0").read_bytes()
-    with pytest.raises(OutputExists, match=r"slot\.0"):
+    with pytest.raises(Locked, match="LOCK"):
         ExponentialMovingAverage(0.5, store=tmp_path)
-    assert (tmp_path / "slot.0").read_bytes() == before
     assert bits_equal(held(ema, "v"), mixed(ONE["v"], TWO["v"]))
+
+
+@pytest.mark.parametrize("debias", [False, True])
+def test_a_store_is_continued_to_the_same_bits(tmp_path: Path, debias: bool) -> None:
+    """What one object per checkpoint makes is what one object makes of all of them."""
+    once = ExponentialMovingAverage(0.5, "count", debias)
+    for values in (ONE, TWO, ONE, TWO):
+        once.apply(values)
+        again = ExponentialMovingAverage(0.5, "count", debias, store=tmp_path)
+        again.apply(values)
+        for name in ONE:
+            assert bits_equal(held(again, name), held(once, name))
+            assert again.average_name(name) == once.average_name(name)
+        assert again.variables_to_restore() == once.variables_to_restore()
+        del again
+        gc.collect()
+    with pytest.raises(OtherSettings, match=r"'decay': 0\.5"):
+        ExponentialMovingAverage(0.25, "count", debias, store=tmp_path)
+
+
+def test_a_store_of_the_class_is_a_state(tmp_path: Path) -> None:
+    """It can be inspected and exported; `run` does not continue it."""
+    ema = two_steps(store=tmp_path / "S")
+    out = tmp_path / "out.safetensors"
+    ema_cli.export(tmp_path / "S", out, names="variable")
+    for name, value in read_checkpoint(out).items():
+        assert bits_equal(value, held(ema, name))
+    found: Any = ema_cli.inspect(tmp_path / "S")
+    assert found.weights == ((0.5, 0.5),)
+    del ema
+    gc.collect()
+    write_checkpoint(tmp_path / "m-1.safetensors", ONE)
+    with pytest.raises(OtherSettings, match="ExponentialMovingAverage"):
+        ema_cli.average_run(tmp_path / "m-1.safetensors", state=tmp_path / "S", decay=0.5)
 
 
 # ---------------------------------------------------------------------------- failures
@@ -226,7 +259,7 @@ def failing(call: Any, after: int, code: int) -> Any:
 
 
 @pytest.mark.parametrize("extra", [{}, {"u": np.float32([1])}], ids=["same", "another layout"])
-@pytest.mark.parametrize("after", range(3))
+@pytest.mark.parametrize("after", range(2))
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
 def test_a_broken_disk_leaves_the_generation_before(
     monkeypatch: pytest.MonkeyPatch, code: int, after: int, extra: dict[str, Array]
@@ -264,6 +297,7 @@ def test_a_checkpoint_that_cannot_be_read_changes_nothing(tmp_path: Path) -> Non
 MEASURED = """
 import resource, sys
 import numpy as np
+import ema_cli
 from ema_cli import ExponentialMovingAverage
 for checkpoint in ({"v": np.ones(1, np.float32)}, sys.argv[1]):
     ema = ExponentialMovingAverage(0.5)

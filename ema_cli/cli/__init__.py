@@ -17,18 +17,21 @@ import click
 
 from ema_cli.cli import options
 from ema_cli.cli.diff import diff
+from ema_cli.cli.export import export
 from ema_cli.cli.inspect import inspect
 from ema_cli.cli.map import map_command
 from ema_cli.cli.plan import plan
 from ema_cli.cli.rename import rename
 from ema_cli.cli.run import run
+from ema_cli.cli.verify import verify
 from ema_cli.errors import EmaError, StorageError, UsageError
 from ema_cli.text import printable
 
 _SECTIONS = {
     "Average": ("plan", "run"),
     "Look": ("inspect", "map", "diff"),
-    "Write": ("rename",),
+    "Write": ("rename", "export"),
+    "Check": ("verify",),
 }
 
 
@@ -37,7 +40,7 @@ class Terminated(BaseException):
 
 
 class Stopped(EmaError):
-    """A signal ended the command; `args` are what happened and the exit code."""
+    """A signal ended the command; `args` are what happened, the exit code and a hint."""
 
     @property
     def message(self) -> str:
@@ -46,8 +49,8 @@ class Stopped(EmaError):
 
     @property
     def hint(self) -> str:
-        """Nothing helps, nothing has to."""
-        return ""
+        """What to do next; nothing, unless something was left to be gone on with."""
+        return str(self.args[2])
 
     @property
     def exit_code(self) -> int:  # type: ignore[override]  # of this signal
@@ -99,7 +102,7 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for _command in (plan, run, inspect, map_command, diff, rename):
+for _command in (plan, run, inspect, map_command, diff, rename, export, verify):
     cli.add_command(_command)
 
 
@@ -157,10 +160,11 @@ def _ended(error: BaseException, *, as_json: bool) -> int:
     if isinstance(error, BrokenPipeError):
         _silence_stdout()
         return 0
+    hint = "\n".join(getattr(error, "__notes__", ()))
     if isinstance(error, Terminated):
-        return _report(Stopped("terminated", 143), as_json=as_json)
+        return _report(Stopped("terminated", 143, hint), as_json=as_json)
     if isinstance(error, KeyboardInterrupt | click.Abort):
-        return _report(Stopped("interrupted", 130), as_json=as_json)
+        return _report(Stopped("interrupted", 130, hint), as_json=as_json)
     if not isinstance(error, Exception):
         raise error
     if options.debugging():

@@ -1,4 +1,4 @@
-"""``ema-avg inspect``: what a checkpoint, a run or an output holds."""
+"""``ema-avg inspect``: what a checkpoint, a run, an output or a state holds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @click.command(
     cls=Command,
-    short_help="Show what a checkpoint or a run holds.",
+    short_help="Show what a checkpoint, a run or a state holds.",
     example="ema-avg inspect train_dir/checkpoint-1000",
     codes=(3, 10, 13),
 )
@@ -28,14 +28,21 @@ if TYPE_CHECKING:
 @options.name_option
 @options.common_options
 def inspect(path: str, name: str, key: str | None, **given: Any) -> int:
-    """Show the tensors of a checkpoint, or the checkpoints of a run; reads headers only."""
+    """Show the tensors of a checkpoint, the checkpoints of a run, or what a state averages.
+
+    Reads headers only.
+    """
     from ema_cli import api, running
+    from ema_cli.cli import stateview
     from ema_cli.runs import Run
+    from ema_cli.states.summary import StateSummary
 
     out = options.way_out(given)
     found = api.inspect(path, key=key)
     code = 0
-    if isinstance(found, Run):
+    if isinstance(found, StateSummary):
+        stateview.show(out, found)
+    elif isinstance(found, Run):
         _run(out, found)
         code = 3 if running.unusable(found) else 0
     else:

@@ -315,6 +315,12 @@ format_option = _option(
 overwrite_option = _option(
     "Output", "--overwrite", is_flag=True, help="Replace an existing output."
 )
+restart_option = _option(
+    "Output",
+    "--restart",
+    is_flag=True,
+    help="Start over instead of continuing what an interrupted run left.",
+)
 rule_option = _option(
     "Output",
     "--rule",
@@ -331,7 +337,7 @@ workers_option = _option(
     help="Threads; default from affinity and cgroup limits.",
 )
 
-output_options = _apply(
+look_options = _apply(
     [
         _option(
             "Output",
@@ -340,12 +346,6 @@ output_options = _apply(
             default="auto",
             show_default=True,
             help="<variable>/NAME, or plain names ready to load.",
-        ),
-        _option(
-            "Output",
-            "--keep-variables",
-            is_flag=True,
-            help="Also write the last raw values beside the shadows.",
         ),
         rule_option,
         _option(
@@ -373,6 +373,26 @@ output_options = _apply(
             help="Objects in a PyTorch pickle that are neither tensors nor plain data.",
         ),
     ]
+)
+
+output_options = _apply(
+    [
+        _option(
+            "Output",
+            "--keep-variables",
+            is_flag=True,
+            help="Also write the last raw values beside the shadows.",
+        ),
+        look_options,
+    ]
+)
+
+state_option = _option(
+    "Input",
+    "--state",
+    metavar="DIR",
+    type=click.Path(),
+    help="Keep the shadows in DIR and mix in what is new; begun if it is not there.",
 )
 
 

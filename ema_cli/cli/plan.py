@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     cls=Command,
     short_help="Show what a run would do, with the weight of every checkpoint.",
     example="ema-avg plan train_dir --decay 0.999/step",
-    codes=(3, 10, 13),
+    codes=(3, 10, 13, 16),
 )
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path())
 @options.input_options
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     help="Where a run would write.",
 )
 @options.output_options
+@options.state_option
 @options.workers_option
 @options.strict_option
 @options.common_options

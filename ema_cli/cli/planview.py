@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ema_cli.naming import OBJECT_GRAPH, SHADOW_NAME, role_in
 from ema_cli.record import copied
 from ema_cli.tensors import Role
-from ema_cli.text import command, percent, plural, shorten, size
+from ema_cli.text import command, percent, plural, printable, shorten, size
 from ema_cli.views import Cell, Out
 
 if TYPE_CHECKING:
     from ema_cli.blueprint import Layout
     from ema_cli.plan import Outcome, Plan
+    from ema_cli.running import Written
     from ema_cli.runs import Run
 
 
@@ -212,6 +213,18 @@ def _restoring(layout: Layout) -> str:
         return f"tf.train.Checkpoint(...).restore({path})"
     variables = "ema.variables_to_restore()" if layout.names == "shadow" else ""
     return f"tf.compat.v1.train.Saver({variables}).restore(session, {path})"
+
+
+def written(out: Out, plan: Plan, outcome: Outcome, one: Written) -> None:
+    """Tell what became of one output, its path last."""
+    if one.status == "written":
+        summary(out, plan, outcome)
+    out.line(f"{one.status}  {size(one.nbytes)}  {printable(one.path)}")
+
+
+def output(one: Written) -> dict[str, Any]:
+    """Return what became of one output as JSON data."""
+    return {"path": one.path, "status": one.status, "bytes": one.nbytes}
 
 
 def summary(out: Out, plan: Plan, outcome: Outcome) -> None:

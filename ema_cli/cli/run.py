@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ema_cli.cli import options
+from ema_cli.cli import options, stateview
 from ema_cli.cli.options import Command
 from ema_cli.cli.plan import document, show, split
 from ema_cli.errors import UsageError
-from ema_cli.text import plural, printable, size
+from ema_cli.text import plural, size
 
 if TYPE_CHECKING:
     from ema_cli.running import RunResult
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     cls=Command,
     short_help="Average the checkpoints of a run and write the result.",
     example="ema-avg run train_dir -o average.safetensors --decay 0.999/step",
-    codes=(3, 10, 11, 13, 14, 17),
+    codes=(3, 10, 11, 13, 14, 16, 17),
 )
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path())
 @options.input_options
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 )
 @options.output_options
 @options.overwrite_option
+@options.restart_option
+@options.state_option
 @options.workers_option
 @click.option("-n", "--dry-run", cls=options.Option, is_flag=True, help="The same as plan.")
 @options.strict_option
@@ -48,14 +50,19 @@ def run(ctx: click.Context, /, **given: Any) -> int:
     TensorFlow's warm-up ramp, which suits any number of files.
     """
     out, arguments = split(ctx, given)
+    restart = arguments.pop("restart")
     if arguments.pop("dry_run"):
         return show(out, arguments, overwrite=arguments.pop("overwrite"))
+    if arguments["state"] is not None:
+        if restart:
+            raise UsageError("--restart: a state goes on from its last commit, whatever happened")
+        return stateview.continued(out, arguments)
     if arguments["output"] is None:
         raise UsageError("expected -o OUT: where the result goes")
-    return _carry_out(out, arguments)
+    return _carry_out(out, arguments, restart=restart)
 
 
-def _carry_out(out: Out, arguments: dict[str, Any]) -> int:
+def _carry_out(out: Out, arguments: dict[str, Any], *, restart: bool) -> int:
     from ema_cli import api, running
     from ema_cli.cli import planview
     from ema_cli.warnings import warnings
@@ -69,7 +76,9 @@ def _carry_out(out: Out, arguments: dict[str, Any]) -> int:
         out.say(planview.RAMP)
     out.document("plan", **document(made))
     try:
-        result = running.run_plan(made, overwrite=overwrite, on_event=out.progress)
+        result = running.run_plan(
+            made, overwrite=overwrite, restart=restart, on_event=out.progress
+        )
     finally:
         out.end_progress()
     _tell(out, result)
@@ -84,9 +93,7 @@ def _tell(out: Out, result: RunResult) -> None:
     for note in result.notes:
         out.say(f"note: {note}")
     for outcome, written in zip(plan.outcomes, result.outputs, strict=True):
-        if written.status == "written":
-            planview.summary(out, plan, outcome)
-        out.line(f"{written.status}  {size(written.nbytes)}  {printable(written.path)}")
+        planview.written(out, plan, outcome, written)
     out.say(
         f"read {size(result.read)} of {plural(len(plan.run.checkpoints), 'checkpoint')} "
         f"in {result.seconds:.1f} s"
@@ -96,7 +103,7 @@ def _tell(out: Out, result: RunResult) -> None:
     out.document(
         "result",
         command="run",
-        outputs=[{"path": w.path, "status": w.status, "bytes": w.nbytes} for w in result.outputs],
+        outputs=[planview.output(written) for written in result.outputs],
         read_bytes=result.read,
         seconds=result.seconds,
         unusable=[entry.path for entry in result.unusable],

@@ -12,7 +12,7 @@ import pytest
 from helpers import cmd, raw_safetensors, read_checkpoint, write_run
 from hostile import FILE, entry
 
-from ema_cli import api, files
+from ema_cli import api, files, running
 from ema_cli.engine import Progress
 from ema_cli.errors import EmaError, InputChanged, InputError, StorageError
 
@@ -95,7 +95,7 @@ def test_a_change_after_the_plan_is_noticed(run: Path, out: Path, change: Change
     plan = api.plan_run(run, out, average=["mean"])
     change(second(run))
     with pytest.raises(InputChanged) as caught:
-        api.run_plan(plan)
+        running.run_plan(plan)
     assert caught.value.message == f"{second(run)}: changed while it was read"
     assert caught.value.hint
     assert list(out.parent.iterdir()) == []
@@ -133,7 +133,7 @@ def test_a_hard_link_made_by_the_trainer_is_no_change(run: Path, out: Path) -> N
     """Pinning a checkpoint with a hard link changes its ctime and none of its bytes."""
     plan = api.plan_run(run, out, average=["mean"])
     _link(second(run))
-    [written] = api.run_plan(plan).outputs
+    [written] = running.run_plan(plan).outputs
     assert written.status == "written"
 
 
@@ -152,7 +152,7 @@ def test_truncation_in_the_middle_of_a_read_is_an_error_not_a_signal(
 
     monkeypatch.setattr(files, "_preadv", shrinking)
     with pytest.raises(InputChanged) as caught:
-        api.run_plan(plan)
+        running.run_plan(plan)
     assert str(second(run)) in caught.value.message
     assert "expected 16,000 bytes" in caught.value.message
     assert list(out.parent.iterdir()) == []
@@ -171,7 +171,7 @@ def test_a_file_that_grows_for_ever_is_read_to_its_planned_end(
 
     monkeypatch.setattr(files, "_preadv", growing)
     with pytest.raises(InputChanged):
-        api.run_plan(plan)
+        running.run_plan(plan)
     assert list(out.parent.iterdir()) == []
 
 
@@ -186,7 +186,7 @@ def test_a_read_error_of_the_disk_is_an_io_error(
 
     monkeypatch.setattr(files, "_preadv", failing)
     with pytest.raises(StorageError) as caught:
-        api.run_plan(plan)
+        running.run_plan(plan)
     assert "model-step-100.safetensors: cannot read: Input/output error" in caught.value.message
     assert list(out.parent.iterdir()) == []
 
@@ -200,7 +200,7 @@ def test_a_shard_that_changes_is_noticed_in_a_folder(tmp_path: Path, digits_bf16
     shard = run / "checkpoint-100" / "model-00002-of-00002.safetensors"
     _rewrite(shard)
     with pytest.raises(InputChanged) as caught:
-        api.run_plan(plan)
+        running.run_plan(plan)
     assert str(shard) in caught.value.message
     assert not (tmp_path / "out").exists()
 

@@ -13,6 +13,7 @@ from ema_cli.blueprint import Draft, Entry, File, Layout, Patch
 from ema_cli.checksums import crc32c, masked
 from ema_cli.formats.tensorflow import bundle, entries, ordered, places, table
 from ema_cli.formats.tensorflow.entries import DTYPE_NUMBERS, Header
+from ema_cli.formats.tensorflow.opaque import opaque_checksums
 from ema_cli.tensors import NO_FILE, Checkpoint, Extent, Slice, Tensor
 
 # TensorFlow cannot restore a sliced tensor of this dtype whole ("Dtype half not supported"), so
@@ -122,7 +123,7 @@ def seal(layout: Layout, checksums: Mapping[Extent, int]) -> list[Patch]:
             crc = checksums[tensor.extents[place]]
         else:
             # Copied with the file; or strings, whose checksum is not one of their bytes.
-            crc = _recorded(last, last.index.by_name[sources[tensor.name]].extents[place])
+            crc = _recorded(last, last.index.by_name[sources[tensor.name]], place)
         at = item.offset + entries.crc_offset(item.value)
         raw[at : at + entries.CRC_BYTES] = masked(crc).to_bytes(entries.CRC_BYTES, "little")
     for start, length in table.blocks(layout.files[ordinal].literals[0][1]):
@@ -132,10 +133,14 @@ def seal(layout: Layout, checksums: Mapping[Extent, int]) -> list[Patch]:
     return [Patch(ordinal, 0, bytes(raw), whole=True)]
 
 
-def _recorded(last: Checkpoint, extent: Extent) -> int:
-    """Return the checksum that `last` holds for the bytes of an extent."""
-    assert last.checksums is not None  # noqa: S101  # every TensorFlow checkpoint has them
-    return int(last.checksums[last.index.ordinals[extent]])
+def _recorded(last: Checkpoint, tensor: Tensor, place: int) -> int:
+    """Return the checksum that `last` holds for the bytes of an extent.
+
+    Where only its structure was kept, strings are still there to be summed again.
+    """
+    if last.checksums is None:
+        return opaque_checksums(last, tensor)[1]
+    return int(last.checksums[last.index.ordinals[tensor.extents[place]]])
 
 
 # ---------------------------------------------------------------------------- the index

@@ -1,0 +1,106 @@
+"""Memory runs out: one allocation of the interpreter after the other fails."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+
+from durability import checker, process
+from durability.checker import Wrong
+from durability.pool import Found, Pool, Report, Wanted, gather, scratch
+from durability.scenario import BATCH, CREATE, EXPORT, STATE, UPDATES, Scenario, Step
+
+USUAL = 400
+STEPS = (CREATE, UPDATES[0], BATCH, EXPORT)
+# Out of memory can be noticed anywhere: as an internal error, or as whatever it kept from working.
+ALLOWED = {0, 1, 2, 3, 10, 11, 12, 13, 15}
+_MOST = 1 << 24
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The allocation that fails, counted from the beginning of a command."""
+
+    step: Step
+    ordinal: int
+
+    @property
+    def label(self) -> str:
+        """What names it on the command line."""
+        return f"{self.step.name}:{self.ordinal}"
+
+
+def run(wanted: Wanted) -> Report:
+    """Let allocations fail."""
+    with scratch() as base:
+        scenario = Scenario(base)
+        scenario.prepare()
+        harness = _Memory(scenario)
+        harness.prepare()
+        each = max((20_000 if wanted.full else wanted.points or USUAL) // len(STEPS), 1)
+        refusals = []
+        for step in STEPS:
+            count = harness.allocations(step)
+            ordinals = range(1, count + 1) if wanted.only else _spread(count, each)
+            refusals += [Refusal(step, ordinal) for ordinal in ordinals]
+        chosen = wanted.choose(refusals, lambda refusal: refusal.label, len(refusals))
+        return gather("memory", Pool(harness.refuse, harness.prepare).each(chosen), _line)
+
+
+def _spread(count: int, each: int) -> list[int]:
+    """Return every one of the first allocations, and some of all others."""
+    first = each // 4
+    step = max((count - first) // max(each - first, 1), 1)
+    return [*range(1, first + 1), *range(first + 1, count + 1, step)][:each]
+
+
+def _line(count: int, tags: Counter[str]) -> str:
+    codes = ", ".join(f"exit {c}: {tags[str(c)]}" for c in sorted(ALLOWED) if tags[str(c)])
+    return f"{count} refused allocations ({codes}), {tags['wrong']} signals or damaged states"
+
+
+class _Memory:
+    def __init__(self, scenario: Scenario) -> None:
+        self._scenario = scenario
+        self._workspace = ""
+
+    def prepare(self) -> None:
+        self._workspace = os.path.join(self._scenario.base, f"work-{os.getpid()}")
+
+    def _run(self, step: Step, start: int, stop: int) -> process.Ended:
+        import _testcapi
+
+        self._scenario.restore(step, self._workspace)
+        return process.run(
+            self._scenario.argv(step),
+            self._workspace,
+            before=lambda: _testcapi.set_nomemory(start, stop),
+        )
+
+    def allocations(self, step: Step) -> int:
+        """Return how many allocations a command makes, by trying when all of them fail."""
+        low, high = 1, _MOST
+        while low < high:
+            middle = (low + high) // 2
+            if self._run(step, middle, 0).code == 0:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def refuse(self, refusal: Refusal) -> Found:
+        """Refuse one allocation."""
+        step = refusal.step
+        ended = self._run(step, refusal.ordinal, refusal.ordinal + 1)
+        tags = (str(ended.code),)
+        try:
+            if ended.code not in ALLOWED:
+                raise Wrong(ended.summary)
+            if STATE in self._scenario.argv(step):
+                checker.check_state(self._scenario, step, self._workspace, ended.out)
+            checker.check_output(self._scenario, step, self._workspace, ended.out)
+            checker.check_rerun(self._scenario, step, self._workspace)
+        except Wrong as error:
+            return Found(refusal.label, str(error), (*tags, "wrong"))
+        return Found(refusal.label, "", tags)

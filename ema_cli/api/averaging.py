@@ -1,0 +1,233 @@
+"""The functions that average: what would be done, and doing it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import Executor
+
+from ema_cli import asked
+from ema_cli import plan as planning
+from ema_cli.asked import Select
+from ema_cli.continuing import (
+    ExportResult,
+    StateResult,
+    continue_state,
+    export_state,
+    plan_state,
+)
+from ema_cli.errors import UsageError
+from ema_cli.naming import SHADOW_NAME
+from ema_cli.plan import Plan
+from ema_cli.running import OnEvent, RunResult, refuse_warnings, run_plan
+from ema_cli.warnings import warnings
+
+
+def plan_run(
+    runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    average: Sequence[str] = (),
+    decay: str | float | None = None,
+    num_updates: str | None = None,
+    init: str = "first",
+    zero_debias: bool = False,
+    glob: str | None = None,
+    last: int | None = None,
+    steps: str | None = None,
+    step_from: str | None = None,
+    order: str = "step",
+    key: str | None = None,
+    select: Select = (),
+    statistics: str | None = None,
+    shadow_dtype: str = "auto",
+    like: str = "tensorflow",
+    non_finite: str = "error",
+    names: str = "auto",
+    name: str = SHADOW_NAME,
+    keep_variables: bool = False,
+    rule: Sequence[tuple[str, str]] = (),
+    dtype: str | None = None,
+    format: str | None = None,
+    max_shard_size: str | int | None = None,
+    optimizer: str = "auto",
+    unknown: str = "refuse",
+    state: str | os.PathLike[str] | None = None,
+    workers: int | None = None,
+    strict: bool = False,
+) -> Plan:
+    """Return the plan of `average_run` with the same arguments; reads headers only.
+
+    Raises the errors of `average_run` that can be known before tensor data moves.
+    """
+    request = asked.request(**locals())
+    plan = planning.make(request) if state is None else plan_state(request, os.fspath(state))
+    if strict:
+        refuse_warnings(warnings(plan), plan.run)
+    return plan
+
+
+def average_run(
+    runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    average: Sequence[str] = (),
+    decay: str | float | None = None,
+    num_updates: str | None = None,
+    init: str = "first",
+    zero_debias: bool = False,
+    glob: str | None = None,
+    last: int | None = None,
+    steps: str | None = None,
+    step_from: str | None = None,
+    order: str = "step",
+    key: str | None = None,
+    select: Select = (),
+    statistics: str | None = None,
+    shadow_dtype: str = "auto",
+    like: str = "tensorflow",
+    non_finite: str = "error",
+    names: str = "auto",
+    name: str = SHADOW_NAME,
+    keep_variables: bool = False,
+    rule: Sequence[tuple[str, str]] = (),
+    dtype: str | None = None,
+    format: str | None = None,
+    max_shard_size: str | int | None = None,
+    optimizer: str = "auto",
+    unknown: str = "refuse",
+    overwrite: bool = False,
+    restart: bool = False,
+    state: str | os.PathLike[str] | None = None,
+    workers: int | None = None,
+    strict: bool = False,
+    executor: Executor | None = None,
+    on_event: OnEvent | None = None,
+) -> RunResult | StateResult:
+    """Average the checkpoints of a run and write the result as new checkpoints.
+
+    Args:
+        runs: a directory of checkpoints, or several checkpoints.
+        output: the output path, which may hold ``{step}`` and ``{average}``; None with a state
+            only. A TensorFlow checkpoint is named by its prefix, or by a directory with a slash:
+            ``DIR/model.ckpt-{step}``.
+        average: ``[LABEL=]SPEC[@WINDOW]`` each; SPEC is ``ema:D``, ``ema:D/step``,
+            ``half-life:STEPS``, ``mean``, ``lr:SHAPE``, ``power:SIGMA_REL`` or ``weights:FILE``,
+            WINDOW ``last=N`` or ``A:B`` in steps.
+        decay: ``D`` or ``"D/step"``, short for ``ema:D`` and ``ema:D/step``.
+        num_updates: ``none``, ``count`` or ``step``: the n of TensorFlow's ramp
+            min(decay, (1 + n)/(10 + n)).
+        init: ``first`` or ``zeros``; zero_debias implies zeros.
+        zero_debias: divide by TensorFlow's bias factor.
+        glob: directory entries to consider; may contain ``/``.
+        last: only the newest N checkpoints, after `glob` and `steps`.
+        steps: ``A:B[:C]``, both ends included; with C only steps where C divides step - A.
+        step_from: regular expression whose first group is the step in a name.
+        order: ``step`` or ``given``.
+        key: where the model is inside a checkpoint that holds more, e.g. ``state/model``.
+        select: ordered pairs ``("include" | "exclude", glob)``; the last match wins.
+        statistics: ``average`` or ``copy`` batch-norm statistics; PyTorch and Keras copy them,
+            and so does `like` them.
+        shadow_dtype: ``auto`` accumulates half types in float32, ``same`` has TensorFlow's bits.
+        like: whose arithmetic: ``tensorflow``, ``torch`` (AveragedModel) or ``keras`` (use_ema),
+            in the variables' own dtypes.
+        non_finite: ``error`` or ``allow``.
+        names: ``auto``, ``shadow`` or ``variable``.
+        name: of the shadows.
+        keep_variables: also write the last raw values beside the shadows.
+        rule: (pattern, replacement) pairs applied to output names.
+        dtype: of averaged tensors in the output.
+        format: of the output; else its suffix or the input decides.
+        max_shard_size: e.g. ``"5GB"``; for folders.
+        optimizer: ``auto``, ``keep`` or ``drop`` optimizer state.
+        unknown: ``refuse``, ``keep`` or ``drop`` objects in a pickle that are no plain data.
+        overwrite: replace an existing output.
+        restart: start over instead of continuing what a killed process left of this very run.
+        state: directory that keeps the shadows: only what is newer than its last checkpoint is
+            mixed in. It is begun if it is not there, and bound to its averages for ever.
+        workers: threads; default from affinity and cgroup limits.
+        strict: treat warnings and unusable entries as errors.
+        executor: any `concurrent.futures.Executor`; threads when None.
+        on_event: called with `Progress` events.
+
+    Returns:
+        What was written. The bytes do not depend on workers or executor.
+
+    Raises:
+        EmaError: one of `ema_cli.errors`; nothing half-written is left under an output's name.
+    """
+    given, started = locals(), time.monotonic()
+    request = asked.request(**given)
+    if state is not None:
+        if restart:
+            raise UsageError("restart: a state goes on from its last commit, whatever happened")
+        return continue_state(
+            request,
+            os.fspath(state),
+            overwrite=overwrite,
+            strict=strict,
+            executor=executor,
+            on_event=on_event,
+        )
+    plan = planning.make(request)
+    if strict:
+        refuse_warnings(warnings(plan), plan.run)
+    result = run_plan(
+        plan, overwrite=overwrite, restart=restart, executor=executor, on_event=on_event
+    )
+    return dataclasses.replace(result, seconds=time.monotonic() - started)
+
+
+def export(
+    state: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    average: Sequence[str] = (),
+    names: str = "auto",
+    rule: Sequence[tuple[str, str]] = (),
+    dtype: str | None = None,
+    format: str | None = None,
+    max_shard_size: str | int | None = None,
+    optimizer: str = "auto",
+    unknown: str = "refuse",
+    overwrite: bool = False,
+    workers: int | None = None,
+    executor: Executor | None = None,
+    on_event: OnEvent | None = None,
+) -> ExportResult:
+    """Write what a state holds as new checkpoints, as `average_run` would have written them.
+
+    It needs none of the sources, and another process may go on with the state meanwhile.
+
+    Args:
+        state: the directory.
+        output: the output path; may hold ``{step}`` and ``{average}``.
+        average: labels of the averages, where the state has several; all when empty.
+        names: ``auto``, ``shadow`` or ``variable``.
+        rule: (pattern, replacement) pairs applied to output names.
+        dtype: of averaged tensors in the output.
+        format: of the output; else its suffix or that of the checkpoints decides.
+        max_shard_size: e.g. ``"5GB"``; for folders.
+        optimizer: ``auto``, ``keep`` or ``drop`` optimizer state.
+        unknown: ``refuse``, ``keep`` or ``drop`` objects in a pickle that are no plain data.
+        overwrite: replace an existing output.
+        workers: threads; default from affinity and cgroup limits.
+        executor: any `concurrent.futures.Executor`; threads when None.
+        on_event: called with `Progress` events.
+
+    Raises:
+        EmaError: one of `ema_cli.errors`; nothing half-written is left under an output's name.
+    """
+    given = locals()
+    labels = given.pop("average")
+    request = asked.request(**given)
+    return export_state(
+        os.fspath(state),
+        request,
+        labels,
+        overwrite=overwrite,
+        executor=executor,
+        on_event=on_event,
+    )

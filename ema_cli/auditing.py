@@ -1,0 +1,176 @@
+"""Verifies an output: its headers, its checksums, and what its sources give."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any, cast
+
+from ema_cli import checking, comparing, engine, files, machine, summing
+from ema_cli.asked import check_workers
+from ema_cli.checking import Stretches, Summed
+from ema_cli.claims import Output, opened
+from ema_cli.engine import Progress
+from ema_cli.errors import UnsupportedInput, UsageError
+from ema_cli.executing import executor_of
+from ema_cli.recomputing import Again, NotRecomputed, again
+from ema_cli.text import shorten
+
+# How a state's directory is told from an output: the first bytes of a file in it.
+_STATE_FILE, _STATE = "FORMAT", b"ema-avg state"
+_SHARE = re.compile(r"(\d{1,3}(?:\.\d{1,9})?)\s*%")
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What `verify` found; anything wrong is an error instead.
+
+    Attributes:
+        path: of the output.
+        files: how many it has.
+        nbytes: how large they are together.
+        checksums: ``equal``, or ``none`` where nothing keeps any.
+        recomputed: how many blocks were compared with what the sources give.
+        total: how many there are, as far as that is known.
+        not_recomputed: why none were, or None (exit code 3).
+    """
+
+    path: str
+    files: int
+    nbytes: int
+    checksums: str
+    recomputed: int
+    total: int
+    not_recomputed: str | None
+
+
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    sample: str = "1%",
+    full: bool = False,
+    key: str | None = None,
+    workers: int | None = None,
+    executor: Executor | None = None,
+    on_event: Callable[[Progress], None] | None = None,
+) -> Verified:
+    """Verify an output against its checksums, and blocks of it against its sources, bit for bit.
+
+    Args:
+        path: the output: a file, a folder or a TensorFlow prefix; or its ``OUT.ema.json``.
+        sample: how much of it is recomputed from the sources while they exist, e.g. ``0.5%``;
+            at least 64 blocks of 65,536 elements.
+        full: recompute all of it.
+        key: where the model is inside a checkpoint that holds more, where no provenance tells.
+        workers: threads; default from affinity and cgroup limits.
+        executor: any `concurrent.futures.Executor`; threads when None.
+        on_event: called with `Progress` events.
+
+    Raises `InputError` when the output is damaged, or is not what its sources give.
+    """
+    share = 1.0 if full else parse_share(sample)
+    check_workers(workers)
+    refuse_state(os.fspath(path))
+    workers = workers or machine.default_workers()
+    output = opened(os.fspath(path), key or "")
+    made, reason = _again(output, key or "", workers)
+    total = comparing.total_blocks(made.work) if made else 0
+    chosen = comparing.sampled(total, share)
+    stored, kept = summing.stored(output), summing.kept(output)
+    meter = _Meter(on_event, sum(task.ends[-1] - task.ends[0] for task in (*stored, *kept)))
+    meter.total += made.nbytes * len(chosen) // max(total, 1) if made else 0
+    with executor_of(executor, workers) as pool:
+        summing.check_stored(output, _sums(stored, pool, workers, meter))
+        summing.check_kept(output, _sums(kept, pool, workers, meter))
+        if made is not None:
+            reason = _compare(made, chosen, total, pool, meter)
+    files.check_all_unchanged(output.files)
+    summed = not summing.is_unclaimed(output) or output.checkpoint.checksums is not None
+    return Verified(
+        output.path,
+        len(output.files),
+        output.nbytes,
+        "equal" if summed else "none",
+        len(chosen) if reason is None else 0,
+        total,
+        reason,
+    )
+
+
+def parse_share(text: str) -> float:
+    """Return the share that ``1%`` is. Raises `UsageError`."""
+    match = _SHARE.fullmatch(text.strip())
+    if match is None or not 0 < float(match[1]) <= 100:
+        raise UsageError(
+            f"--sample: expected a share above 0% and up to 100%, found '{shorten(text)}'",
+            "for example --sample 0.5%; --full is all of it",
+        )
+    return float(match[1]) / 100
+
+
+def refuse_state(path: str) -> None:
+    """Raise `UnsupportedInput` for the directory of a state, which is verified otherwise."""
+    file = os.path.join(path, _STATE_FILE)
+    long_enough = os.path.isfile(file) and os.path.getsize(file) >= len(_STATE)
+    if long_enough and files.read_at(file, 0, len(_STATE)) == _STATE:
+        raise UnsupportedInput(f"{shorten(path, 1000)}: expected an output, found a state")
+
+
+class _Meter:
+    """Tells how many bytes are verified, of how many in all."""
+
+    def __init__(self, on_event: Callable[[Progress], None] | None, total: int) -> None:
+        self._on_event = on_event
+        self._done = 0
+        self.total = total
+
+    def add(self, n_bytes: int) -> None:
+        """Count bytes in."""
+        self._done += n_bytes
+        if self._on_event is not None:
+            self._on_event(Progress(self._done, self.total))
+
+
+def _sums(
+    tasks: Sequence[Stretches], executor: Executor, workers: int, meter: _Meter
+) -> Iterator[Summed]:
+    """Yield the checksums of stretches of files as they come."""
+    bounded = cast(Any, engine.bounded)
+    work = enumerate(tasks)
+    for _, done in bounded(executor, checking.checksums, work, 2 * workers, _forget):
+        meter.add(done.task.ends[-1] - done.task.ends[0])
+        yield done
+
+
+def _forget(ordinal: int, done: object) -> None:
+    """What was summed after the end is of no use."""
+    del ordinal, done
+
+
+def _again(output: Output, key: str, workers: int) -> tuple[Again | None, str | None]:
+    """Return what would write the output again, or why nothing can."""
+    try:
+        return again(output, key, workers), None
+    except NotRecomputed as error:
+        return None, str(error)
+
+
+def _compare(
+    made: Again, chosen: Sequence[int], total: int, executor: Executor, meter: _Meter
+) -> str | None:
+    """Compare the chosen blocks; returns why they could not be recomputed, if so."""
+    blocks = 0
+
+    def count(more: int) -> None:
+        nonlocal blocks
+        before, blocks = blocks, blocks + more
+        meter.add(made.nbytes * blocks // total - made.nbytes * before // total)
+
+    try:
+        comparing.compare(made, chosen, executor, count)
+    except NotRecomputed as error:
+        return str(error)
+    return None

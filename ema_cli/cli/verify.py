@@ -1,0 +1,80 @@
+"""``ema-avg verify``: whether an output is still what was written, and what its sources give."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ema_cli.cli import options
+from ema_cli.cli.options import Command
+from ema_cli.text import plural, printable, shorten, size
+
+if TYPE_CHECKING:
+    from ema_cli.auditing import Verified
+
+
+@click.command(
+    cls=Command,
+    short_help="Check an output against its checksums and its sources.",
+    example="ema-avg verify average.safetensors --full",
+    codes=(3,),
+)
+@click.argument("path", metavar="PATH", type=click.Path())
+@click.option(
+    "--sample",
+    cls=options.Option,
+    group="Input",
+    metavar="SHARE",
+    default="1%",
+    show_default=True,
+    help="How much is recomputed from the sources.",
+)
+@click.option(
+    "--full", cls=options.Option, group="Input", is_flag=True, help="Recompute all of it."
+)
+@options.key_option
+@options.workers_option
+@options.common_options
+def verify(path: str, **given: Any) -> int:
+    """Check an output's headers and checksums, and recompute blocks of it, bit for bit.
+
+    PATH is an output: a file, a folder, a TensorFlow prefix, or the OUT.ema.json of one. Exit
+    status 3 says that nothing is wrong, but that the sources are gone or others by now.
+    """
+    from ema_cli import auditing
+
+    out = options.way_out(given)
+    try:
+        found = auditing.verify(path, on_event=out.progress, **given)
+    finally:
+        out.end_progress()
+    out.line(_told(found))
+    if found.not_recomputed is not None:
+        out.line(f"not recomputed: {found.not_recomputed}")
+    out.document(
+        "result",
+        command="verify",
+        path=found.path,
+        files=found.files,
+        bytes=found.nbytes,
+        checksums=found.checksums,
+        blocks={"recomputed": found.recomputed, "total": found.total},
+        not_recomputed=found.not_recomputed,
+    )
+    out.flush()
+    return 0 if found.not_recomputed is None else 3
+
+
+def _told(found: Verified) -> str:
+    """Return what was verified in one line, whose first word says how far that goes."""
+    what = f"{shorten(printable(found.path), 1000)}: {plural(found.files, 'file')}, "
+    what += size(found.nbytes)
+    if found.not_recomputed is None:
+        return (
+            f"verified  {what}, checksums equal; {found.recomputed:,} of "
+            f"{plural(found.total, 'block')} recomputed, bit for bit equal"
+        )
+    if found.checksums == "equal":
+        return f"checked  {what}, checksums equal"
+    return f"opened  {what}, headers sound, no checksums"

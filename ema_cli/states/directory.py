@@ -1,0 +1,127 @@
+"""The files of a state: what they are called, how small ones are replaced, what is left over."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from ema_cli import durable
+from ema_cli.errors import InputError, OutputExists, UnsupportedInput, storage_errors
+from ema_cli.files import read_small
+from ema_cli.text import shorten
+
+FORMAT, LOCK, PLAN, ROOT, LEDGER, PROGRESS, PINS = (
+    "FORMAT",
+    "LOCK",
+    "plan",
+    "ROOT",
+    "ledger",
+    "progress",
+    "pins",
+)
+MAGIC = b"ema-avg state "
+VERSION_LINE = MAGIC + b"1\n"
+ROOT_LIMIT = 4096
+_TEMPORARY = ".tmp"
+_SLOT = re.compile(r"slot\.(\d{1,9})")
+_GENERATION = re.compile(r"(?:manifest|last)-(\d{1,18})")
+
+
+def slot_name(number: int) -> str:
+    """Return what a slot is called."""
+    return f"slot.{number}"
+
+
+def manifest_name(generation: int) -> str:
+    """Return what the manifest of a generation is called."""
+    return f"manifest-{generation}"
+
+
+def last_name(generation: int) -> str:
+    """Return what the directory with the structure of the last checkpoint is called."""
+    return f"last-{generation}"
+
+
+def slot_numbers(path: str) -> list[int]:
+    """Return the numbers of the slots in a state, ascending."""
+    with storage_errors(path, "cannot list"):
+        matches = map(_SLOT.fullmatch, os.listdir(path))
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def is_stale(name: str, generation: int) -> bool:
+    """Whether a file belongs to another generation than the one that counts."""
+    match = _GENERATION.fullmatch(name)
+    return match is not None and int(match[1]) != generation
+
+
+def is_state(path: str) -> bool:
+    """Whether a directory is a state, of whatever version."""
+    try:
+        with open(os.path.join(path, FORMAT), "rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
+def prepare(path: str) -> None:
+    """Make the directory of a state; raises `OutputExists` for one that holds something else."""
+    with storage_errors(path, "cannot create"):
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            if not os.path.isdir(path):
+                raise OutputExists(
+                    f"{shorten(path, 1000)}: expected a directory for the state, found a file"
+                ) from None
+        else:
+            durable.sync_directory(os.path.dirname(os.path.abspath(path)))
+    ours = {FORMAT, FORMAT + _TEMPORARY, LOCK}
+    if not is_state(path) and (foreign := sorted(set(os.listdir(path)) - ours)):
+        raise OutputExists(
+            f"{shorten(path, 1000)}: expected a state or an empty directory, found "
+            f"'{shorten(foreign[0])}'",
+            "give a directory of its own: --state DIR",
+        )
+
+
+def check_format(path: str, *, create: bool) -> None:
+    """Raise `UnsupportedInput` for a state of another version; `create`: say which one it is."""
+    where = os.path.join(path, FORMAT)
+    if not os.path.lexists(where):
+        if create:
+            replace(path, FORMAT, VERSION_LINE)
+            return
+        raise InputError(f"{shorten(path, 1000)}: no state: expected a file {FORMAT}")
+    found = read_small(where, ROOT_LIMIT)
+    if found != VERSION_LINE:
+        raise UnsupportedInput(
+            f"{shorten(where, 1000)}: expected a state of version 1, found {found[:40]!r}",
+            "use the version of ema-avg that made it",
+        )
+
+
+def replace(path: str, name: str, data: bytes, *, lasting: bool = True) -> None:
+    """Give the file `name` new contents, all or nothing; `lasting`: its name is durable too."""
+    where = os.path.join(path, name)
+    temporary = where + _TEMPORARY
+    with storage_errors(where, "cannot write"):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(temporary, flags, 0o600)
+        try:
+            durable.write_exact(fd, data, 0, temporary)
+            durable.sync(fd, temporary)
+        finally:
+            os.close(fd)
+        os.rename(temporary, where)
+    if lasting:
+        durable.sync_directory(path)
+
+
+def remove_unfinished(path: str) -> None:
+    """Remove what a killed process left half-written; the writer's lock is held."""
+    with storage_errors(path, "cannot repair"):
+        for name in os.listdir(path):
+            if name.endswith(_TEMPORARY):
+                durable.remove(os.path.join(path, name))

@@ -1,0 +1,159 @@
+"""What a state is bound to: which averages of what, told as the options that ask for them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ema_cli import asked
+from ema_cli.averages import Average, Ema, LearningRate, Weights
+from ema_cli.errors import DamagedState, EmaError, OtherSettings, UsageError
+from ema_cli.invocation import setting_words
+from ema_cli.layout import Wishes
+from ema_cli.plan import Request
+from ema_cli.schedules import Schedule, schedule
+from ema_cli.states import directory
+from ema_cli.states.records import Fields, Row
+from ema_cli.text import command, shorten
+
+# Who made a state, in its plan, where it was `ExponentialMovingAverage`.
+BY_CLASS = "class"
+_SELECT = ("--include", "--exclude")
+_FLAGS = ("--zero-debias",)
+
+
+def check_possible(request: Request) -> None:
+    """Raise `UsageError` for averages whose later checkpoints revise the weights of earlier ones.
+
+    A state has forgotten the checkpoints: c_k must depend on checkpoints 1 to k only.
+    """
+    for average in request.averages:
+        family = average.family
+        if average.window is not None:
+            what = "a window moves on"
+        elif isinstance(family, LearningRate):
+            what = "the weights of a learning-rate shape depend on how many checkpoints there are"
+        elif isinstance(family, Weights):
+            what = "given weights are shares of their sum"
+        else:
+            continue
+        raise UsageError(
+            f"--state: average '{shorten(average.spec)}': {what}, so that later checkpoints "
+            "change the weights of those that are averaged already",
+            "use ema, half-life, mean or power without a window, or leave out --state",
+        )
+    for option, given in (
+        ("--last", request.choice.last is not None),
+        ("--order given", request.choice.order == "given"),
+        ("--keep-variables", request.wishes.keep_variables),
+    ):
+        if given:
+            raise UsageError(
+                f"{option}: a state takes every new checkpoint in the order of their steps, and "
+                "keeps no other values of a variable than its average",
+                f"leave out {option.split()[0]}, or --state",
+            )
+
+
+def check_same(plan: Mapping[str, Any], request: Request, path: str) -> None:
+    """Raise `OtherSettings` unless `request` asks for what the state at `path` is bound to."""
+    if plan.get("by") == BY_CLASS:
+        raise OtherSettings(
+            f"{shorten(path, 1000)}: made by ExponentialMovingAverage, which alone continues it",
+            "give the run a state of its own: --state DIR",
+        )
+    words = words_of(plan, os.path.join(path, directory.PLAN))
+    mine, asked = _grouped(words), _grouped(setting_words(request))
+    differences = [
+        f"{option}: the state has {mine.get(option, 'none')}, asked for {asked.get(option, 'none')}"
+        for option in dict.fromkeys((*mine, *asked))
+        if mine.get(option) != asked.get(option)
+    ]
+    if differences:
+        raise OtherSettings(
+            f"{shorten(path, 1000)}: the state belongs to other settings: "
+            + "; ".join(shorten(line, 500) for line in differences),
+            command("ema-avg", "run", *request.paths, "--state", path, *words),
+        )
+
+
+def _grouped(words: Sequence[str]) -> dict[str, str]:
+    """Return the values of each option; those that choose tensors count in their order."""
+    grouped: dict[str, list[str]] = defaultdict(list)
+    option = ""
+    for word in words:
+        if word.startswith("--") and (not option or grouped[option]):
+            option = "--include and --exclude" if word in _SELECT else word
+            grouped[option] += [word] if word in _SELECT else []
+            if word in _FLAGS:
+                grouped[option].append("given")
+        else:
+            grouped[option].append(word)
+    return {option: " ".join(values) for option, values in grouped.items()}
+
+
+def words_of(plan: Mapping[str, Any], where: str) -> list[str]:
+    """Return the options a state is bound to, from its plan."""
+    words = plan.get("settings")
+    if not isinstance(words, list) or not all(type(word) is str for word in words):
+        raise DamagedState(where, "expected the settings of `ema-avg run`")
+    return words
+
+
+def bound(plan: Mapping[str, Any], where: str) -> Request:
+    """Return the request that a state answers, from its plan in the file `where`."""
+    if plan.get("by") != BY_CLASS:
+        return request_of(words_of(plan, where), where)
+    take = Fields(plan.get("settings"), where)
+    decay, zero_debias, name = take.any("decay"), take.any("zero_debias"), take.text("name")
+    if not isinstance(decay, float):  # a function's: the ledger has its values
+        decay = math.nan
+    spec = f"ema:{decay:g}" if decay == decay else "ema"
+    average = Average("ema", spec, Ema(decay), zero_debias=bool(zero_debias))
+    return Request(
+        (), None, (average,), statistics="copy", shadow_dtype="same", wishes=Wishes(name=name)
+    )
+
+
+def schedule_of(
+    plan: Mapping[str, Any], request: Request, label: str, rows: Sequence[Row]
+) -> Schedule:
+    """Return the coefficients of an average over the applied checkpoints of a ledger.
+
+    The class chooses them as it goes; those of a run follow from its settings.
+    """
+    average = next(a for a in request.averages if a.label == label)
+    if plan.get("by") == BY_CLASS:
+        coefficients = tuple(row.coefficients[0] if row.coefficients else 0.0 for row in rows)
+        return Schedule(coefficients, average.zero_debias, len(rows), len(rows) - 1)
+    steps, names = [row.step or 0 for row in rows], [row.name for row in rows]
+    return schedule(average, steps, names, request.like)
+
+
+def request_of(words: Sequence[str], where: str) -> Request:
+    """Return the request whose `setting_words` these are."""
+    given: dict[str, Any] = {"average": [], "select": []}
+    rest = iter(words)
+    try:
+        for word in rest:
+            keyword = word.removeprefix("--").replace("-", "_")
+            if word in _FLAGS:
+                given[keyword] = True
+            elif word in _SELECT:
+                given["select"].append((keyword, next(rest)))
+            elif keyword == "average":
+                given["average"].append(next(rest))
+            else:
+                given[keyword] = next(rest)
+        if any("weights:" in spec for spec in given["average"]):
+            raise UsageError("weights")
+        made = asked.request(**given)
+        check_possible(made)
+    except (StopIteration, TypeError, EmaError) as error:
+        raise DamagedState(where, "expected the settings of `ema-avg run`") from error
+    if setting_words(made) != list(words):
+        raise DamagedState(where, "expected settings that mean what they say")
+    return made

@@ -1,0 +1,165 @@
+"""The shadows of `ExponentialMovingAverage`: a state that is written tensor by tensor.
+
+One slot is read while the other is written. Slots are written with ``pwrite`` and mapped
+read-only: mapped writes are slower, and a full disk under a mapping is a SIGBUS. An array mapped
+from a slot stays what it is until the second next generation is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from ema_cli import durable
+from ema_cli.chunks import Chunks
+from ema_cli.errors import OtherSettings
+from ema_cli.files import stamp_of
+from ema_cli.kernel import Array
+from ema_cli.states import slots, store
+from ema_cli.states.records import Held, Manifest, Row
+from ema_cli.states.settings import BY_CLASS
+from ema_cli.states.slots import Slot
+from ema_cli.states.store import Claim, State
+from ema_cli.tensors import Checkpoint, numpy_dtype
+from ema_cli.text import shorten
+
+
+class ShadowStore:
+    """A state whose tensors are written one after the other; its lock is held until it is closed.
+
+    Args:
+        directory: of the state, which is continued or begun.
+        plan: what it is bound to.
+        lasting: whether a generation survives a power cut; not where the directory is temporary.
+
+    Attributes:
+        state: the directory.
+        manifest: of the generation that counts, or None before the first.
+
+    Raises:
+        OtherSettings: the state is bound to something else.
+        Locked, DamagedState: it cannot be opened.
+    """
+
+    def __init__(self, directory: str, plan: Mapping[str, Any], *, lasting: bool = True) -> None:
+        stack = contextlib.ExitStack()
+        weakref.finalize(self, stack.close)
+        self.state: State = stack.enter_context(store.writing(directory))
+        self.close = stack.close
+        self._plan = dict(plan)
+        self._lasting = lasting
+        self._current: Checkpoint | None = None
+        self._manifest: Manifest | None = None
+        self._number = -1
+        self._slot: Slot | None = None
+        if self.state.current is not None:
+            self._check_same(self.state.current.plan)
+            self._take(self.state.current.manifest, self.state.current.root.slot)
+        elif lasting:
+            self.state.begin(self._plan)
+
+    def _check_same(self, found: Mapping[str, Any]) -> None:
+        where = shorten(self.state.path, 1000)
+        if found.get("by") != BY_CLASS:
+            raise OtherSettings(
+                f"{where}: made by ema-avg run, not by ExponentialMovingAverage",
+                "give the class a directory of its own",
+            )
+        mine, asked = found.get("settings"), self._plan["settings"]
+        if mine != asked:
+            raise OtherSettings(
+                f"{where}: the state belongs to other settings: {mine}, asked for {asked}",
+                "give the same arguments, or another directory",
+            )
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """The manifest of the generation that counts."""
+        return self._manifest
+
+    def _take(self, manifest: Manifest, number: int) -> None:
+        self._manifest, self._number, self._current = manifest, number, None
+        self._slot = slots.lay_out(manifest.held)
+
+    @property
+    def current(self) -> Checkpoint | None:
+        """The slot that counts, under the slot's own names, or None before the first."""
+        if self._current is None and self._manifest is not None and self._slot is not None:
+            stamp = stamp_of(self.state.slot_path(self._number))
+            self._current = slots.whole(self._slot, stamp, self._manifest.checksums)
+        return self._current
+
+    def write(self, held: Sequence[Held]) -> SlotWriter:
+        """Return a writer for the next generation, which counts once it is committed."""
+        return SlotWriter(self.state, slots.lay_out(held), self._number)
+
+    def commit(self, writer: SlotWriter, own: Mapping[str, Any], row: Row) -> None:
+        """Make the generation count that was just written, with what the class keeps of it."""
+        sums = store.checksums_of(writer.slot, writer.made())
+        held = writer.slot.held
+        manifest = Manifest(row.generation, held, sums, None, True, own)
+        if self._lasting:
+            self.state.commit(writer.claim, manifest, self._plan, [row])
+        self._take(manifest, writer.claim.number)
+
+    def read(self, name: str) -> Array:
+        """Return the tensor `name` of the current slot as a read-only mapped array."""
+        current = self.current
+        if current is None:
+            raise KeyError(name)
+        tensor = current.index.by_name[name]
+        dtype = numpy_dtype(tensor.dtype.name)
+        if tensor.extent.nbytes == 0:
+            empty = np.empty(tensor.shape, dtype)
+            empty.setflags(write=False)
+            return empty
+        return np.memmap(
+            current.files[0].path, dtype, "r", offset=tensor.extent.offset, shape=tensor.shape
+        )
+
+
+class SlotWriter:
+    """Writes one generation, tensor by tensor. A context that releases the slot."""
+
+    def __init__(self, state: State, slot: Slot, current: int) -> None:
+        self.slot = slot
+        self._state = state
+        self._number = current
+        self._places = dict(zip((h.name for h in slot.held), slot.extents, strict=True))
+        self._chunks = Chunks(lambda file: slot.nbytes)
+        self.claim = Claim(-1, "", -1)
+
+    def __enter__(self) -> SlotWriter:
+        self.claim = self._state.claim(self.slot, self._number)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.close(self.claim.fd)
+
+    def put(self, name: str, start: int, block: Array) -> None:
+        """Write the elements of `block` from element `start` of tensor `name` on."""
+        offset = self._places[name].offset + start * block.itemsize
+        data = block.view(np.uint8).data
+        durable.write_exact(self.claim.fd, data, offset, self.claim.path)
+        self._chunks.add(0, offset, data)
+
+    def made(self) -> dict[int, int]:
+        """Return what was written to each chunk, by its checksum."""
+        return {chunk: crc for (_, chunk), crc in self._chunks.made().items()}
+
+
+def held(name: str, part: str, spec: tuple[Any, tuple[int, ...]], variable: str = "") -> Held:
+    """Return a tensor of a slot with a dtype and shape: `part` of a variable, or of itself."""
+    dtype, shape = spec
+    return Held(name, dtype, shape, part, 0, (variable or name,))

@@ -1,0 +1,293 @@
+"""New checkpoints mixed into the shadows of a state: one pass, one commit.
+
+The slot that counts is read as one more checkpoint, with coefficient 1 before all others, and the
+other slot is the output. So a batch is the same work as `ema-avg run`, and rounds as single
+updates do, since the accumulators have the dtype of the shadows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+from ema_cli import durable, engine, files, flaws, machine, provenance
+from ema_cli.engine import Progress
+from ema_cli.errors import Disagreement, StorageError
+from ema_cli.executing import executor_of, spilled
+from ema_cli.formats.sidefiles import refuse_quantized
+from ema_cli.invocation import setting_words
+from ema_cli.layout import is_whole
+from ema_cli.plan import Request
+from ema_cli.progress import Log
+from ema_cli.ranges import Destination
+from ema_cli.runs import Run
+from ema_cli.schedules import Schedule, drop_overwritten, schedule
+from ema_cli.search import PassedOver
+from ema_cli.selection import Selection, check_agreement, check_rules_of, select
+from ema_cli.states import directory, holding, skeleton, slots
+from ema_cli.states.records import AVERAGE, BIASED, Manifest, files_of, row_of
+from ema_cli.states.store import Claim, State, checksums_of
+from ema_cli.tasks import Done
+from ema_cli.tensors import DTYPES, Checkpoint, describe
+from ema_cli.text import shorten
+from ema_cli.verifying import Verifier
+from ema_cli.work import Work, prepare
+
+OnEvent = Callable[[Progress], None]
+# Seconds that an interrupted update takes to make durable what it has done.
+PATIENCE = 5.0
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """What an update will do, decided before it does anything.
+
+    Attributes:
+        request: with the averages.
+        run: what was found, in order.
+        new: the checkpoints that are not averaged yet.
+        schedules: for each average, its coefficients over all checkpoints, the new ones last.
+        plan: what the state is bound to.
+        holding: what the slot holds.
+        selection: of the last checkpoint.
+        complete: whether optimizer state is held too.
+    """
+
+    request: Request
+    run: Run
+    new: tuple[Checkpoint, ...]
+    schedules: tuple[Schedule, ...]
+    plan: Mapping[str, Any]
+    holding: holding.Holding
+    selection: Selection
+    complete: bool
+
+    def coefficients(self, average: int) -> tuple[float, ...]:
+        """Return what an average mixes the new checkpoints in with."""
+        return self.schedules[average].coefficients[-len(self.new) :]
+
+
+@dataclass(frozen=True, eq=False)
+class News:
+    """The checkpoints of a run as a state sees them: new, or not newer than its last one."""
+
+    new: tuple[Checkpoint, ...]
+    late: tuple[PassedOver, ...]
+    notes: tuple[str, ...]
+
+
+def news(state: State, run: Run) -> News:
+    """Return which checkpoints of a run are newer than the last one in the ledger."""
+    rows = {row.step: row for row in state.current.rows} if state.current else {}
+    last = max((step for step in rows if step is not None), default=None)
+    new = [c for c in run.checkpoints if last is None or (c.step or 0) > last]
+    late, notes = [], []
+    for checkpoint in run.checkpoints:
+        row = rows.get(checkpoint.step)
+        if checkpoint in new or last is None:
+            continue
+        if row is None:
+            reason = f"not newer than step {last:,}, the last one in the state"
+            late.append(PassedOver(checkpoint.path, reason))
+        elif not row.missed and _named(row.files) != _named(files_of(checkpoint)):
+            notes.append(
+                f"{shorten(checkpoint.path, 1000)}: step {checkpoint.step:,} is averaged already, "
+                "but was another file then: has the training begun anew?"
+            )
+    return News(tuple(new), tuple(late), tuple(notes))
+
+
+def prepare_update(state: State, request: Request, run: Run, new: Sequence[Checkpoint]) -> Update:
+    """Return the update of a state with `new` checkpoints of a run, in order of their steps.
+
+    Raises `Disagreement` for other tensors than those of the state.
+    """
+    current = state.current
+    last = new[-1]
+    refuse_quantized(os.path.dirname(last.files[0].path))
+    check_rules_of(request.rules, (checkpoint.index for checkpoint in new))
+    wishes = request.wishes
+    where = f"{shorten(last.path, 1000)}: "
+    selection = select(last.index, request.rules, request.statistics, wishes.name, where)
+    check_agreement(selection, last, new, request.rules, request.statistics, wishes.name)
+    plan = _plan(request, selection)
+    if current is not None:
+        _check_averaged(current.plan["averaged"], plan["averaged"], last)
+        plan = {**current.plan}
+    complete = current.manifest.complete if current else is_whole(wishes, last, selection)
+    held = holding.hold(request, selection, complete=complete)
+    rows = current.applied if current else []
+    steps = [row.step or 0 for row in rows] + [c.step or 0 for c in new]
+    names = [row.name for row in rows] + [c.name for c in new]
+    schedules = [schedule(average, steps, names, request.like) for average in request.averages]
+    return Update(request, run, tuple(new), tuple(schedules), plan, held, selection, complete)
+
+
+def _plan(request: Request, selection: Selection) -> dict[str, Any]:
+    return {
+        "tool": machine.versions(),
+        "settings": setting_words(request),
+        "averages": [average.label for average in request.averages],
+        "averaged": [[t.name, t.dtype.name, list(t.shape)] for t in selection.averaged],
+    }
+
+
+def _check_averaged(before: Sequence[Any], now: Sequence[Any], last: Checkpoint) -> None:
+    """Raise `Disagreement` unless a checkpoint has the averaged tensors of the state."""
+    mine, found = ({name: (d, tuple(s)) for name, d, s in rows} for rows in (before, now))
+    for name in dict.fromkeys((*mine, *found)):
+        if mine.get(name) != found.get(name):
+            expected, got = (
+                describe(DTYPES[spec[0]], spec[1]) if spec else "none"
+                for spec in (mine.get(name), found.get(name))
+            )
+            raise Disagreement(
+                f"{shorten(last.path, 1000)}: tensor '{shorten(name)}': expected {expected} as in "
+                f"the state, found {got}",
+                "average the checkpoints of another training in a state of their own",
+            )
+
+
+# ---------------------------------------------------------------------------- the work
+
+
+def _work(state: State, update: Update, claim: Claim) -> Work:
+    """Return the work that fills a slot from the other one and the new checkpoints."""
+    request, current = update.request, state.current
+    views: list[Checkpoint] = []
+    if current is not None:
+        stamp = state.slot_stamp()
+        for average, asked in enumerate(request.averages):
+            part = BIASED if asked.zero_debias else AVERAGE
+            sums = current.manifest.checksums
+            views.append(slots.view(current.slot, stamp, sums, average, parts=(part,)))
+    schedules = []
+    for average, full in enumerate(update.schedules):
+        mine = [float(average == other) for other in range(len(views))]
+        values = drop_overwritten([*mine, *update.coefficients(average)])
+        last = len(values) - 1
+        schedules.append(Schedule(tuple(values), full.zero_debias, full.updates, last, full.decay))
+    last_one = update.new[-1]
+    made = holding.layouts(update.holding.slot, last_one, len(schedules), claim.path)
+    return prepare(
+        [*views, *update.new],
+        schedules,
+        update.selection.averaged,
+        [Destination(layout, average, 0) for average, layout in enumerate(made)],
+        dataclasses.replace(request.manner, summed=True),
+    )
+
+
+def carry_out(
+    state: State,
+    update: Update,
+    executor: Executor | None = None,
+    on_event: OnEvent | None = None,
+) -> int:
+    """Carry out an update and commit it; returns the bytes of tensor data read.
+
+    Raises `InputChanged` when a checkpoint changed meanwhile: the generation before still counts.
+    """
+    slot = update.holding.slot
+    if state.current is None:
+        state.begin(update.plan)
+    claim = state.claim(slot)
+    try:
+        state.reserve(slot)
+        work = _work(state, update, claim)
+        log = Log(state.place(directory.PROGRESS), _key(state, update), [claim.path])
+        try:
+            made = _compute(work, claim, log, executor, on_event or _ignore, state)
+            _commit(state, update, claim, made)
+        except StorageError:
+            log.remove()
+            # What the kernel holds of the slot may be lost without a word: it is never used again.
+            durable.remove(claim.path)
+            raise
+        except Exception:
+            log.remove()
+            raise
+        except BaseException:  # interrupted: what is done already is worth keeping
+            log.close(PATIENCE)
+            raise
+        log.remove()
+        return work.read
+    finally:
+        os.close(claim.fd)
+
+
+def _ignore(event: Progress) -> None:
+    del event
+
+
+def _compute(
+    work: Work,
+    claim: Claim,
+    log: Log,
+    executor: Executor | None,
+    on_event: OnEvent,
+    state: State,
+) -> dict[int, int]:
+    """Fill the slot; returns what was written to each chunk, by its checksum."""
+    made: dict[int, int] = {}
+    verifier = Verifier(work)
+
+    def count(done: Done) -> None:
+        for unit, part in done.parts.items():
+            verifier.add(unit, part)
+        for (_, chunk), crc in done.made.items():
+            made[chunk] = made.get(chunk, 0) ^ crc
+
+    with executor_of(executor, work.manner.workers) as pool, spilled(work, state.path) as ready:
+        if log.resume():
+            log.check(engine.tasks(ready, [claim.path]))
+        flaw = engine.carry_out(ready, [claim.path], pool, on_event, count, log)
+        if flaw is not None:
+            raise flaws.explain(ready, flaw)
+        verifier.finish()
+        files.check_all_unchanged(work.inputs)
+    return made
+
+
+def _commit(state: State, update: Update, claim: Claim, made: Mapping[int, int]) -> None:
+    slot, current = update.holding.slot, state.current
+    generation = (current.root.generation if current else 0) + 1
+    last = update.new[-1]
+    kept = skeleton.keep(last, update.holding.removed, state.place(directory.last_name(generation)))
+    manifest = Manifest(generation, slot.held, checksums_of(slot, made), kept, update.complete, {})
+    rows = [
+        row_of(
+            checkpoint, generation, [s.coefficients[k - len(update.new)] for s in update.schedules]
+        )
+        for k, checkpoint in enumerate(update.new)
+    ]
+    files.check_all_unchanged([s for c in update.new for s in c.files if s.path])
+    state.commit(claim, manifest, update.plan, rows)
+
+
+def _named(files: Sequence[tuple[str, int, int, str]]) -> list[tuple[str, int, int, str]]:
+    """Return files by their names alone: a run may have moved."""
+    return [(os.path.basename(path), size, time, digest) for path, size, time, digest in files]
+
+
+def _key(state: State, update: Update) -> str:
+    """Return what two updates share that write the same bytes to the same slot."""
+    current = state.current
+    return provenance.digest_of(
+        {
+            "root": current.root.to_json() if current else None,
+            "plan": dict(update.plan),
+            "new": [
+                [c.path, c.step, *map(list, files_of(c)), [s.inode for s in c.files]]
+                for c in update.new
+            ],
+            "coefficients": [
+                [c.hex() for c in update.coefficients(k)] for k in range(len(update.schedules))
+            ],
+            "slot": [held.to_json() for held in update.holding.slot.held],
+        }
+    )
