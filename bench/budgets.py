@@ -83,13 +83,16 @@ def verdicts(results: Results) -> list[Verdict]:
 
 def general(results: Results) -> tuple[Row, ...]:
     """Return the budgets of safetensors files, and those that hold for all formats."""
-    f32, bf16, small, four, plan, cold = (results.get(key, []) for key in GENERAL)
+    f32, bf16, small, four, state, plan, cold = (results.get(key, []) for key in GENERAL)
     many, few, averages = "ema-avg, 20,000", "ema-avg, 32", "ema-avg, four averages"
+    plain, begun = f"ema-avg{SHADOW}", "ema-avg --state"
     return (
         ("float32: (process - start) / limit", ratio(f32, "ema-avg"), 1.3, "x"),
         ("bfloat16: (process - start) / limit", ratio(bf16, "ema-avg"), 2.5, "x"),
         ("20,000 tensors instead of 32: extra", extra(small, many, few), 0.6, "s"),
         ("four averages: process / limit4", quotient(four, averages, "limit4"), 2.0, "x"),
+        ("8 checkpoints with --state -o / without", quotient(state, f"{begun} -o", plain), 1.5, "x"),
+        ("8 checkpoints with --state / without", quotient(state, f"{begun} alone", plain), 1.5, "x"),
         ("cold float32: (process - start) / limit", ratio(cold, "ema-avg"), None, "x"),
         ("resident memory of run", peak(results, *GENERAL), 100.0, "MiB"),
         ("ema-avg --help", seconds(plan, "ema-avg --help"), 0.15, "s"),

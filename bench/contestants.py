@@ -121,6 +121,18 @@ class Stage:
         command = (*EMA_AVG, "run", run, "-o", target, *options, "--overwrite", "-q")
         return Contestant(name, PROCESS, command, data_set, (self.output(data_set, folder),))
 
+    def with_state(self, data_set: DataSet, *, output: bool) -> Contestant:
+        """Return the tool beginning a state with the whole run, and writing its average or not."""
+        name, folder = "ema-avg --state", "state" if output else "only-state"
+        made = self.output(data_set, folder)
+        state = made.with_name("S")
+        run = str(data_set.folder(self.data))
+        command = (*EMA_AVG, "run", run, "--state", str(state), "--decay", "0.9", "-q")
+        if not output:
+            return Contestant(f"{name} alone", PROCESS, command, data_set, (state / "slot.0",))
+        command += ("-o", str(self.target(data_set, folder)))
+        return Contestant(f"{name} -o", PROCESS, command, data_set, (made,))
+
     def torch_script(self, python: str, data_set: DataSet) -> Contestant:
         """Return fairseq's way, for which a Python with torch is needed."""
         output = self.output(data_set, "fairseq")

@@ -53,6 +53,16 @@ def four(sets: dict[str, DataSet], data: Path) -> Group:
     return Group("four", f"{d.title}, four averages", (stage.start(), *limits, tool), (d,))
 
 
+def state(sets: dict[str, DataSet], data: Path) -> Group:
+    """Begin a state with a batch of checkpoints, beside the same run without."""
+    stage, d = Stage(data, "state"), sets["f32"]
+    plain = stage.ema_avg(d, names="shadow")
+    states = [stage.with_state(d, output=output) for output in (False, True)]
+    equal = ((stage.output(d, "shadow"), stage.output(d, "state")),)
+    everyone = (stage.start(), plain, *states)
+    return Group("state", f"{d.title}, with a state", everyone, (d,), equal=equal)
+
+
 def plan(sets: dict[str, DataSet], data: Path) -> Group:
     """Compare plans, which read no tensor: what a user waits for before work begins."""
     stage, d = Stage(data, "plan"), sets["plan"]
@@ -172,6 +182,7 @@ GROUPS: dict[str, Callable[[dict[str, DataSet], Path], Group]] = {
     "bf16": bfloat16,
     "small": small,
     "four": four,
+    "state": state,
     "plan": plan,
     "cold": cold,
     "tf": tensorflow,

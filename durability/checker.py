@@ -79,10 +79,8 @@ def check_rerun(scenario: Scenario, step: Step, workspace: str) -> None:
             raise Wrong("the same command again wrote no output")
         if digest(path) != scenario.reference.outputs[step.equals]:
             raise Wrong("the same command again wrote other bytes")
-    left = sorted(
-        name for name in os.listdir(workspace) if name.startswith(".") and "ema-avg" in name
-    )
-    if left:
+    left = sorted(name for name in os.listdir(workspace) if name.startswith(f".{step.output}."))
+    if step.output and left:
         raise Wrong(f"the same command again left {left} behind")
     if STATE in scenario.argv(step):
         _check_continued(scenario, step, workspace)

@@ -24,7 +24,7 @@ USUAL = 24_000  # different states
 FULL = 1_000_000
 # How much of what was not synced survives; all and nothing are tried besides.
 SHARES = (0.05, 0.2, 0.5, 0.8, 0.95)
-RERUN_EVERY = 40
+RERUN_EVERY = 100
 _BY_NAME = {step.name: step for step in (ALONE, *STEPS)}
 
 
@@ -102,7 +102,7 @@ def moments(operations: Sequence[Operation]) -> list[Moment]:
 
 
 class Explorer:
-    """Builds and checks the states after a moment; `skip` leaves barriers out.
+    """Builds and checks the states after a moment, `most` of them; `skip` leaves barriers out.
 
     Attributes:
         moments: all there are.
@@ -112,7 +112,7 @@ class Explorer:
         self,
         scenario: Scenario,
         operations: Sequence[Operation],
-        tries: int,
+        most: int,
         *,
         seed: int = 1,
         skip: Callable[[int], bool] = lambda _: False,
@@ -121,7 +121,7 @@ class Explorer:
         self.moments = moments(operations)
         self._scenario = scenario
         self._operations = operations
-        self._tries = tries
+        self._most = most
         self._seed = seed
         self._skip = skip
         self._rerun_every = rerun_every
@@ -145,7 +145,7 @@ class Explorer:
         seen: set[int] = set()
         rng = random.Random(self._seed * 1_000_003 + moment.prefix)
         idle = 0
-        for number in range(self._tries + 2):
+        for number in range(8 * self._most + 2):
             if number < 2:
                 tree = self._disk.crash(None, float(number))
             else:
@@ -155,8 +155,10 @@ class Explorer:
                 seen.add(key)
                 idle = 0
                 yield f"{moment.label} state {number}", tree
-            elif (idle := idle + 1) > 12 + len(seen) // 4:
-                return  # few are left that were not seen
+            else:
+                idle += 1
+            if len(seen) >= self._most or idle > 12 + len(seen):
+                return  # enough, or few are left that were not seen
 
     def explore(self, moment: Moment) -> Found:
         """Check all states of a moment."""
@@ -225,8 +227,8 @@ def run(wanted: Wanted) -> Report:
         scenario.prepare()
         operations = record(scenario)
         states = FULL if wanted.full else wanted.points or USUAL
-        tries = 2 * states // len(moments(operations)) + 1
-        explorer = Explorer(scenario, operations, tries, seed=wanted.seed)
+        most = 2 * states // len(moments(operations)) + 1
+        explorer = Explorer(scenario, operations, most, seed=wanted.seed)
         chosen = wanted.choose(explorer.moments, lambda moment: moment.label, 1 << 30)
         found = Pool(explorer.explore, explorer.prepare).each(chosen)
         report = gather("explore", found, _line)

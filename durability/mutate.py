@@ -18,7 +18,7 @@ from durability.pool import Found, Pool, Report, Wanted, gather, scratch
 from durability.scenario import UPDATES, Scenario
 from durability.simulate import Operation, Sync
 
-TRIES = 24  # of each moment
+MOST = 12  # states of each moment
 # On real file systems: those whose absence one power cut after the command shows.
 REAL = ("slot.data", "ledger.data", "last.file", "manifest.file", "ROOT.file", "ROOT.dir")
 NOTHING = "none left out"
@@ -87,7 +87,7 @@ class _Mutation:
 
     def _explored(self, left_out: set[int]) -> str:
         explorer = explore.Explorer(
-            self._scenario, self._operations, TRIES, skip=left_out.__contains__, rerun_every=100
+            self._scenario, self._operations, MOST, skip=left_out.__contains__, rerun_every=100
         )
         explorer.prepare()
         first = min(left_out, default=0)

@@ -74,6 +74,7 @@ def continue_state(
     *,
     overwrite: bool = False,
     strict: bool = False,
+    restart: bool = False,
     executor: Executor | None = None,
     on_event: OnEvent | None = None,
 ) -> StateResult:
@@ -97,7 +98,7 @@ def continue_state(
                 refuse_warnings(found, run)
             if request.output is not None:
                 _check_outputs(described, overwrite=overwrite)
-            read = updating.carry_out(state, update, executor, on_event)
+            read = updating.carry_out(state, update, executor, on_event, restart=restart)
         assert state.current is not None  # noqa: S101  # the run has a checkpoint, or find raised
         applied = state.current.applied
         written, plans, more = _export(state, request, overwrite, executor, on_event)

@@ -72,7 +72,7 @@ def produce(
                 tell(Progress(0, work.read, note))
             notes = _fill(work, made, documents, pool, tell, log)
         except BaseException as error:
-            keep = _left_to_another(error, log, restart)
+            keep = left_to_another(error, log, restart)
             for one in made:
                 one.kept = keep
             raise
@@ -149,8 +149,8 @@ def _key(work: Work, layouts: Sequence[Layout], documents: Sequence[Document]) -
     )
 
 
-def _left_to_another(error: BaseException, log: Log | None, restart: bool | None) -> bool:
-    """Whether what is done is kept: a signal ended this process, and something is recorded."""
+def left_to_another(error: BaseException, log: Log | None, restart: bool | None) -> bool:
+    """Return whether what is done is kept: a signal ended this process, and something is logged."""
     if log is None:
         return False
     signal: BaseException | None = error

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ema_cli import durable, engine, files, flaws, machine, provenance
+from ema_cli.blueprint import CHUNK_BYTES
 from ema_cli.engine import Progress
 from ema_cli.errors import Disagreement, StorageError
 from ema_cli.executing import executor_of, spilled
@@ -22,24 +23,23 @@ from ema_cli.formats.sidefiles import refuse_quantized
 from ema_cli.invocation import setting_words
 from ema_cli.layout import is_whole
 from ema_cli.plan import Request
+from ema_cli.producing import left_to_another
 from ema_cli.progress import Log
 from ema_cli.ranges import Destination
 from ema_cli.runs import Run
 from ema_cli.schedules import Schedule, drop_overwritten, schedule
 from ema_cli.search import PassedOver
 from ema_cli.selection import Selection, check_agreement, check_rules_of, select
-from ema_cli.states import directory, holding, skeleton, slots
+from ema_cli.states import directory, holding, settings, skeleton, slots
 from ema_cli.states.records import AVERAGE, BIASED, Manifest, files_of, row_of
 from ema_cli.states.store import Claim, State, checksums_of
 from ema_cli.tasks import Done
 from ema_cli.tensors import DTYPES, Checkpoint, describe
-from ema_cli.text import shorten
+from ema_cli.text import plural, shorten
 from ema_cli.verifying import Verifier
 from ema_cli.work import Work, prepare
 
 OnEvent = Callable[[Progress], None]
-# Seconds that an interrupted update takes to make durable what it has done.
-PATIENCE = 5.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +55,7 @@ class Update:
         holding: what the slot holds.
         selection: of the last checkpoint.
         complete: whether optimizer state is held too.
+        told: the new checkpoints as the user calls them, where they are read from elsewhere.
     """
 
     request: Request
@@ -65,6 +66,7 @@ class Update:
     holding: holding.Holding
     selection: Selection
     complete: bool
+    told: tuple[Checkpoint, ...] = ()
 
     def coefficients(self, average: int) -> tuple[float, ...]:
         """Return what an average mixes the new checkpoints in with."""
@@ -116,7 +118,7 @@ def prepare_update(state: State, request: Request, run: Run, new: Sequence[Check
     check_agreement(selection, last, new, request.rules, request.statistics, wishes.name)
     plan = _plan(request, selection)
     if current is not None:
-        _check_averaged(current.plan["averaged"], plan["averaged"], last)
+        _check_averaged(state, plan["averaged"], last)
         plan = {**current.plan}
     complete = current.manifest.complete if current else is_whole(wishes, last, selection)
     held = holding.hold(request, selection, complete=complete)
@@ -136,14 +138,15 @@ def _plan(request: Request, selection: Selection) -> dict[str, Any]:
     }
 
 
-def _check_averaged(before: Sequence[Any], now: Sequence[Any], last: Checkpoint) -> None:
+def _check_averaged(state: State, now: Sequence[Any], last: Checkpoint) -> None:
     """Raise `Disagreement` unless a checkpoint has the averaged tensors of the state."""
-    mine, found = ({name: (d, tuple(s)) for name, d, s in rows} for rows in (before, now))
+    assert state.current is not None  # noqa: S101
+    mine = settings.averaged_of(state.current.plan, state.place(directory.PLAN))
+    found = {name: (DTYPES[dtype], tuple(shape)) for name, dtype, shape in now}
     for name in dict.fromkeys((*mine, *found)):
         if mine.get(name) != found.get(name):
             expected, got = (
-                describe(DTYPES[spec[0]], spec[1]) if spec else "none"
-                for spec in (mine.get(name), found.get(name))
+                describe(*spec) if spec else "none" for spec in (mine.get(name), found.get(name))
             )
             raise Disagreement(
                 f"{shorten(last.path, 1000)}: tensor '{shorten(name)}': expected {expected} as in "
@@ -187,8 +190,12 @@ def carry_out(
     update: Update,
     executor: Executor | None = None,
     on_event: OnEvent | None = None,
+    *,
+    restart: bool | None = None,
 ) -> int:
     """Carry out an update and commit it; returns the bytes of tensor data read.
+
+    It goes on where a killed process stopped with this very update, unless `restart` forbids it.
 
     Raises `InputChanged` when a checkpoint changed meanwhile: the generation before still counts.
     """
@@ -201,18 +208,13 @@ def carry_out(
         work = _work(state, update, claim)
         log = Log(state.place(directory.PROGRESS), _key(state, update), [claim.path])
         try:
-            made = _compute(work, claim, log, executor, on_event or _ignore, state)
+            made = _compute(work, claim, log, executor, on_event or _ignore, state, restart=restart)
             _commit(state, update, claim, made)
-        except StorageError:
-            log.remove()
-            # What the kernel holds of the slot may be lost without a word: it is never used again.
-            durable.remove(claim.path)
-            raise
-        except Exception:
-            log.remove()
-            raise
-        except BaseException:  # interrupted: what is done already is worth keeping
-            log.close(PATIENCE)
+        except BaseException as error:
+            left_to_another(error, log, restart)
+            if isinstance(error, StorageError):
+                # What the kernel holds of the slot may be lost without a word: a new one is made.
+                durable.remove(claim.path)
             raise
         log.remove()
         return work.read
@@ -229,23 +231,27 @@ def _compute(
     claim: Claim,
     log: Log,
     executor: Executor | None,
-    on_event: OnEvent,
+    tell: OnEvent,
     state: State,
+    *,
+    restart: bool | None,
 ) -> dict[int, int]:
     """Fill the slot; returns what was written to each chunk, by its checksum."""
     made: dict[int, int] = {}
     verifier = Verifier(work)
 
-    def count(done: Done) -> None:
+    def count_done(done: Done) -> None:
         for unit, part in done.parts.items():
             verifier.add(unit, part)
         for (_, chunk), crc in done.made.items():
             made[chunk] = made.get(chunk, 0) ^ crc
 
     with executor_of(executor, work.manner.workers) as pool, spilled(work, state.path) as ready:
-        if log.resume():
-            log.check(engine.tasks(ready, [claim.path]))
-        flaw = engine.carry_out(ready, [claim.path], pool, on_event, count, log)
+        if not restart and log.resume():
+            count = log.check(engine.tasks(ready, [claim.path]))
+            done = f"resuming: {len(log.done):,} of {plural(count, 'range')} done"
+            tell(Progress(0, work.read, done if log.done else ""))
+        flaw = engine.carry_out(ready, [claim.path], pool, tell, count_done, log)
         if flaw is not None:
             raise flaws.explain(ready, flaw)
         verifier.finish()
@@ -259,12 +265,9 @@ def _commit(state: State, update: Update, claim: Claim, made: Mapping[int, int])
     last = update.new[-1]
     kept = skeleton.keep(last, update.holding.removed, state.place(directory.last_name(generation)))
     manifest = Manifest(generation, slot.held, checksums_of(slot, made), kept, update.complete, {})
-    rows = [
-        row_of(
-            checkpoint, generation, [s.coefficients[k - len(update.new)] for s in update.schedules]
-        )
-        for k, checkpoint in enumerate(update.new)
-    ]
+    mixed = zip(*map(update.coefficients, range(len(update.schedules))), strict=True)
+    told = update.told or update.new
+    rows = [row_of(c, generation, values) for c, values in zip(told, mixed, strict=True)]
     files.check_all_unchanged([s for c in update.new for s in c.files if s.path])
     state.commit(claim, manifest, update.plan, rows)
 
@@ -279,12 +282,10 @@ def _key(state: State, update: Update) -> str:
     current = state.current
     return provenance.digest_of(
         {
+            "cuts": [engine.TASK_ELEMENTS, CHUNK_BYTES],
             "root": current.root.to_json() if current else None,
             "plan": dict(update.plan),
-            "new": [
-                [c.path, c.step, *map(list, files_of(c)), [s.inode for s in c.files]]
-                for c in update.new
-            ],
+            "new": [[c.step, *[stamp[1:] for stamp in c.files], c.digests] for c in update.new],
             "coefficients": [
                 [c.hex() for c in update.coefficients(k)] for k in range(len(update.schedules))
             ],

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conformance import ROWS, make
+from conformance import ROWS
 from helpers import Failing, write_run
+from interrupted import a_run, model
 
 import ema_cli
 from ema_cli import chunks, durable, engine, progress
 from ema_cli.checksums import crc32c
 from ema_cli.chunks import Chunks, Made
 from ema_cli.errors import StorageError
-from ema_cli.progress import Log
 from ema_cli.plan import Plan
+from ema_cli.progress import Log
+from ema_cli.states import sealed
 from ema_cli.tasks import Done, Task
+from ema_cli.worker import run_task
 
 CHUNK = 4096
 
@@ -101,7 +103,7 @@ class Job(NamedTuple):
 def lay_out(plan: Plan, place: Path) -> list[str]:
     """Create the files of the outputs, with what is known of them."""
     place.mkdir(exist_ok=True)
-    paths = []
+    paths: list[str] = []
     for file in [file for outcome in plan.outcomes for file in outcome.layout.files]:
         paths.append(str(place / f"file-{len(paths)}"))
         with open(paths[-1], "wb") as out:
@@ -113,18 +115,13 @@ def lay_out(plan: Plan, place: Path) -> list[str]:
 
 
 def carry_out(plan: Plan, paths: list[str], log: Log | None = None) -> Job:
-    """Carry out a plan into files, one task after the other."""
+    """Carry out a plan into files, one task after the other, but for what the log holds."""
     found = Job(plan, paths, {})
-    with ThreadPoolExecutor(1) as pool:
-        ordinals = iter(range(1 << 30))
-        engine.carry_out(
-            plan.work,
-            paths,
-            pool,
-            lambda event: None,
-            lambda done: found.done.update({next(ordinals): done}),
-            log,
-        )
+    for ordinal, task in enumerate(found.tasks):
+        if log is None or ordinal not in log.done:
+            found.done[ordinal] = run_task(task)
+            if log is not None:
+                log.add(ordinal, found.done[ordinal])
     return found
 
 
@@ -132,26 +129,6 @@ def summed(plan: Plan) -> Plan:
     """The same plan, with every byte to be seen."""
     manner = dataclasses.replace(plan.work.manner, summed=True)
     return dataclasses.replace(plan, work=dataclasses.replace(plan.work, manner=manner))
-
-
-def model(step: int) -> dict[str, np.ndarray]:
-    """A model of some tensors, one of them copied."""
-    chance = np.random.default_rng(step)
-    return {
-        "dense/kernel": chance.normal(size=(70, 60)).astype(np.float32),
-        "dense/bias": chance.normal(size=3000).astype(np.float32),
-        "ids": chance.integers(0, 1 << 40, 900),
-        "half": chance.normal(size=(50, 33)).astype(np.float16),
-    }
-
-
-def a_run(folder: Path, row: str) -> Path:
-    """Two checkpoints in a format."""
-    for step in (100, 200):
-        make(row, folder, model(step), step)
-    for path in folder.glob("*.ema.json"):  # or they would be known for outputs of ours
-        path.unlink()
-    return folder
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -168,3 +145,324 @@ def test_what_the_tasks_made_is_what_is_there(tmp_path: Path, row: str) -> None:
             known.add(k, offset, memoryview(data))
     there = {(k, c): crc for k, data in enumerate(found.contents) for c, crc in sums(data).items()}
     assert together(iter([*(done.made for done in found.done.values()), known.made()])) == there
+
+
+# ---------------------------------------------------------------------------- the log
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    """The plan of two averages of three checkpoints."""
+    run = write_run(tmp_path / "run", [model(k) for k in range(3)])
+    return ema_cli.plan_run(run, tmp_path / "{average}", average=["mean", "ema:0.5"], workers=1)
+
+
+@pytest.fixture
+def logged(tmp_path: Path, plan: Plan) -> Job:
+    """The work all done, with a log of it at ``log``."""
+    paths = lay_out(plan, tmp_path / "place")
+    log = Log(str(tmp_path / "log"), "key", paths)
+    found = carry_out(plan, paths, log)
+    finish(log)
+    assert len(found.done) == 10
+    return found
+
+
+def finish(log: Log) -> None:
+    """Close a log once it holds something."""
+    while not log.recorded:
+        time.sleep(0.001)
+    log.close()
+
+
+def resumed(job: Job, path: Path, key: str = "key") -> Log:
+    """The log at `path` after `resume`."""
+    log = Log(str(path), key, job.paths)
+    log.resume()
+    return log
+
+
+def test_all_that_is_recorded_is_not_done_again(
+    tmp_path: Path, logged: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a log holds is told once more, and no task is carried out."""
+    log = resumed(logged, tmp_path / "log")
+    assert (log.done, log.stale, log.recorded) == (logged.done, "", True)
+    assert log.check(logged.tasks) == len(logged.done)
+    before = logged.contents
+    told: list[Done] = []
+    with monkeypatch.context() as patch, ThreadPoolExecutor(1) as pool:
+        patch.setattr(engine, "run_task", None)
+        work = logged.plan.work
+        engine.carry_out(work, logged.paths, pool, lambda event: None, told.append, log)
+    assert (told, logged.contents) == (list(logged.done.values()), before)
+    log.remove()
+    assert not (tmp_path / "log").exists()
+
+
+def test_what_is_left_is_done_and_added(tmp_path: Path, logged: Job) -> None:
+    """A log of some tasks: the others are carried out, and then it holds all."""
+    path = tmp_path / "log"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:1], *lines[4:7]]))
+    log = resumed(logged, path)
+    assert sorted(log.done) == [3, 4, 5]
+    log.check(logged.tasks)
+    told: list[Done] = []
+    before = logged.contents
+    with ThreadPoolExecutor(1) as pool:
+        work = logged.plan.work
+        engine.carry_out(work, logged.paths, pool, lambda event: None, told.append, log)
+    log.close()
+    assert resumed(logged, path).done == logged.done
+    assert sorted(map(repr, told)) == sorted(map(repr, logged.done.values()))
+    assert logged.contents == before
+
+
+def test_short_work_leaves_no_log(
+    tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within the first two seconds nothing is made durable, and nothing recorded."""
+    monkeypatch.setattr(progress, "INTERVAL", 60.0)
+    monkeypatch.setattr(durable, "sync_data", None)
+    log = Log(str(tmp_path / "log"), "key", paths := lay_out(plan, tmp_path / "place"))
+    carry_out(plan, paths, log)
+    log.close()
+    assert not log.recorded
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_torn_log_holds_what_is_whole(tmp_path: Path, logged: Job) -> None:
+    """Cut anywhere: the tasks on whole lines, the rest of the file is cut off; or it is stale."""
+    path, torn = tmp_path / "log", tmp_path / "torn"
+    content = path.read_bytes()
+    ends = [k + 1 for k, byte in enumerate(content) if byte == 10]
+    for size in range(len(content)):
+        torn.write_bytes(content[:size])
+        log = resumed(logged, torn)
+        whole = sum(end <= size for end in ends)
+        assert list(log.done.items()) == list(logged.done.items())[: max(whole - 1, 0)]
+        if whole > 1:
+            assert torn.read_bytes() == content[: ends[whole - 1]]
+        else:
+            assert log.stale == progress.DAMAGED
+            assert not torn.exists()
+        log.close()
+
+
+def test_a_flipped_bit_is_never_believed(tmp_path: Path, logged: Job) -> None:
+    """Every bit: only tasks before it count, or none, and as they were."""
+    path, flipped = tmp_path / "log", tmp_path / "flipped"
+    content = b"".join(path.read_bytes().splitlines(keepends=True)[:3])
+    line = 0
+    for place, byte in enumerate(content):
+        for bit in range(8):
+            changed = bytearray(content)
+            changed[place] = byte ^ 1 << bit
+            flipped.write_bytes(changed)
+            log = resumed(logged, flipped)
+            assert list(log.done.items()) == list(logged.done.items())[: max(line - 1, 0)]
+            assert bool(log.stale) == (line < 2)
+            log.close()
+        line += byte == 10
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        None,
+        [],
+        {},
+        {"task": 0, "read": 1, "written": 1, "parts": [], "made": [], "cloned": None},
+        {"task": "0", "read": 1, "written": 1, "parts": [], "made": [], "cloned": []},
+        {"task": True, "read": 1, "written": 1, "parts": [], "made": [], "cloned": []},
+        {"task": 0, "read": 1, "written": 1, "parts": [[1, 2]], "made": [], "cloned": []},
+        {"task": 0, "read": 1, "written": 1, "parts": [], "made": [[1, 2]], "cloned": []},
+        {"task": 0, "read": 1, "written": 1, "parts": [], "made": [], "cloned": [[1, 2, 3]]},
+    ],
+)
+def test_a_sealed_line_of_something_else_ends_the_log(
+    tmp_path: Path, logged: Job, record: object
+) -> None:
+    """A record is checked field by field: no internal error, and nothing is believed after it."""
+    path = tmp_path / "log"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:3], sealed.seal(record), *lines[3:]]))
+    assert list(resumed(logged, path).done) == [0, 1]
+
+
+def test_a_log_of_other_work_is_stale(tmp_path: Path, logged: Job) -> None:
+    """Another key, other files, or files that are gone: removed, and it is told why."""
+    path = tmp_path / "log"
+    content = path.read_bytes()
+    assert resumed(logged, path, "other").stale == progress.OTHER_WORK
+    assert not path.exists()
+    path.write_bytes(content)
+    moved = [*logged.paths[1:], *logged.paths[:1]]
+    log = Log(str(path), "key", moved)
+    assert (log.resume(), log.stale) == ({}, progress.OTHER_FILES)
+    assert not path.exists()
+    path.write_bytes(content)
+    os.unlink(logged.paths[0])
+    assert resumed(logged, path).stale == progress.OTHER_FILES
+    assert resumed(logged, path).stale == ""
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_what_is_no_log_is_refused(tmp_path: Path, logged: Job, kind: str) -> None:
+    """A link is not followed, a pipe does not block: `StorageError`."""
+    path = tmp_path / "other"
+    if kind == "link":
+        path.symlink_to(tmp_path / "log")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    with pytest.raises(StorageError):
+        resumed(logged, path)
+    assert (tmp_path / "log").exists()
+
+
+# ---------------------------------------------------------------------------- reading back
+
+
+def test_any_changed_byte_is_found_when_it_is_read_back(tmp_path: Path, logged: Job) -> None:
+    """The tasks that wrote there are done again, and no others; then all is as it was."""
+    chance, whole = random.Random(1), logged.contents
+    path = tmp_path / "log"
+    content = path.read_bytes()
+    literals = [
+        range(offset, offset + len(data))
+        for outcome in logged.plan.outcomes
+        for offset, data in outcome.layout.files[0].literals
+    ]
+    for _ in range(30):
+        file = chance.randrange(len(logged.paths))
+        place = chance.randrange(len(whole[file]))
+        if place in literals[file]:
+            continue
+        with open(logged.paths[file], "r+b") as out:
+            out.seek(place)
+            out.write(bytes([whole[file][place] ^ 1 << chance.randrange(8)]))
+        log = resumed(logged, path)
+        log.check(logged.tasks)
+        assert len(log.done) == len(logged.done) - 1
+        carry_out(logged.plan, logged.paths, log)
+        log.close()
+        assert logged.contents == whole
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("row", ["safetensors", "torch", "tensorflow"])
+def test_truncated_or_emptied_files_are_found(tmp_path: Path, row: str) -> None:
+    """Files that lost everything, at their size or not: nothing is believed, all is done again."""
+    plan = ema_cli.plan_run(a_run(tmp_path / "run", row), tmp_path / "o", average=["mean"])
+    paths = lay_out(plan, tmp_path / "place")
+    log = Log(str(tmp_path / "log"), "key", paths)
+    found = carry_out(plan, paths, log)
+    finish(log)
+    content, whole = (tmp_path / "log").read_bytes(), found.contents
+    assert any(done.cloned for done in found.done.values()) == (row != "tensorflow")
+    for keep in (True, False):
+        (tmp_path / "log").write_bytes(content)
+        sizes = [os.path.getsize(path) for path in paths]
+        for path, n_bytes in zip(paths, sizes, strict=True):
+            os.truncate(path, 0)
+            os.truncate(path, n_bytes if keep else 1)
+        log = resumed(found, tmp_path / "log")
+        assert len(log.done) > 0
+        log.check(found.tasks)
+        assert (log.done, log.stale) == ({}, progress.OTHER_BYTES)
+        assert not (tmp_path / "log").exists()
+        for path, n_bytes in zip(paths, sizes, strict=True):
+            os.truncate(path, n_bytes)
+        again = Job(plan, lay_out(plan, tmp_path / "place"), {})
+        carry_out(plan, again.paths, log)
+        assert again.contents == whole
+        log.close()
+
+
+# ---------------------------------------------------------------------------- barriers
+
+
+def test_bytes_are_durable_before_they_are_recorded(
+    tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file of a group, then its lines, then the log; and only tasks that were done before."""
+    paths = lay_out(plan, tmp_path / "place")
+    events: list[tuple[str, str]] = []
+    sync, write = durable.sync_data, durable.write_exact
+    log = Log(str(tmp_path / "log"), "key", paths)
+
+    def synced(fd: int, path: str) -> None:
+        events.append(("sync", path))
+        sync(fd, path)
+
+    def wrote(fd: int, data: bytes, offset: int, path: str) -> None:
+        events.append(("write", path))
+        write(fd, data, offset, path)
+
+    monkeypatch.setattr(durable, "sync_data", synced)
+    monkeypatch.setattr(durable, "write_exact", wrote)
+    found = carry_out(plan, paths, log)
+    finish(log)
+    assert resumed(found, tmp_path / "log").done == found.done
+    assert {path for _, path in events} == {log.path, *paths}
+    while events:
+        first = events.index(("write", log.path))
+        files = [path for call, path in events[:first] if call == "sync"]
+        assert files and set(files) <= set(paths)
+        assert events[first + 1] == ("sync", log.path)
+        del events[: first + 2]
+
+
+@pytest.mark.parametrize("nth", range(1, 5))
+def test_a_failed_barrier_is_told_and_never_tried_again(
+    tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch, nth: int
+) -> None:
+    """`StorageError` at the next task or at the end; the log is gone, and what follows is not."""
+    failing = Failing(os.fdatasync, nth, errno.EIO)
+    monkeypatch.setattr(os, "fdatasync", failing)
+    paths = lay_out(plan, tmp_path / "place")
+    log = Log(str(tmp_path / "log"), "key", paths)
+    with pytest.raises(StorageError, match="cannot make durable"):
+        for ordinal, task in enumerate(engine.tasks(plan.work, paths)):
+            log.add(ordinal, run_task(task))
+            time.sleep(0.002)
+        log.close()
+    log.remove()
+    assert len(failing.calls) == nth
+    assert not log.recorded
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_signal_does_not_wait_for_a_slow_disk(
+    tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After its patience it goes on, and what the thread finishes later is not recorded."""
+    paths = lay_out(plan, tmp_path / "place")
+    log = Log(str(tmp_path / "log"), "key", paths)
+    first, *others = [run_task(task) for task in engine.tasks(plan.work, paths)]
+    log.add(0, first)
+    while not log.recorded:
+        time.sleep(0.001)
+    waiting, gate = threading.Event(), threading.Event()
+    sync = durable.sync_data
+
+    def slow(fd: int, path: str) -> None:
+        waiting.set()
+        gate.wait(60)
+        sync(fd, path)
+
+    monkeypatch.setattr(durable, "sync_data", slow)
+    log.add(1, others[0])
+    waiting.wait(60)
+    started = time.monotonic()
+    log.close(0.05)
+    assert time.monotonic() - started < 30
+    content = (tmp_path / "log").read_bytes()
+    gate.set()
+    assert log._thread is not None
+    log._thread.join(60)
+    assert (tmp_path / "log").read_bytes() == content
+    assert list(resumed(Job(plan, paths, {}), tmp_path / "log").done) == [0]

@@ -18,7 +18,6 @@ from ema_cli.continuing import (
     export_state,
     plan_state,
 )
-from ema_cli.errors import UsageError
 from ema_cli.naming import SHADOW_NAME
 from ema_cli.plan import Plan
 from ema_cli.running import OnEvent, RunResult, refuse_warnings, run_plan
@@ -161,13 +160,12 @@ def average_run(
     given, started = locals(), time.monotonic()
     request = asked.request(**given)
     if state is not None:
-        if restart:
-            raise UsageError("restart: a state goes on from its last commit, whatever happened")
         return continue_state(
             request,
             os.fspath(state),
             overwrite=overwrite,
             strict=strict,
+            restart=restart,
             executor=executor,
             on_event=on_event,
         )

@@ -54,9 +54,7 @@ def run(ctx: click.Context, /, **given: Any) -> int:
     if arguments.pop("dry_run"):
         return show(out, arguments, overwrite=arguments.pop("overwrite"))
     if arguments["state"] is not None:
-        if restart:
-            raise UsageError("--restart: a state goes on from its last commit, whatever happened")
-        return stateview.continued(out, arguments)
+        return stateview.continued(out, {**arguments, "restart": restart})
     if arguments["output"] is None:
         raise UsageError("expected -o OUT: where the result goes")
     return _carry_out(out, arguments, restart=restart)

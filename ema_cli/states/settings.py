@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from ema_cli.plan import Request
 from ema_cli.schedules import Schedule, schedule
 from ema_cli.states import directory
 from ema_cli.states.records import Fields, Row
+from ema_cli.tensors import DTYPES, DType
 from ema_cli.text import command, shorten
 
 # Who made a state, in its plan, where it was `ExponentialMovingAverage`.
@@ -157,3 +159,14 @@ def request_of(words: Sequence[str], where: str) -> Request:
     if setting_words(made) != list(words):
         raise DamagedState(where, "expected settings that mean what they say")
     return made
+
+
+def averaged_of(plan: Mapping[str, Any], where: str) -> dict[str, tuple[DType, tuple[int, ...]]]:
+    """Return the dtype and shape of each averaged tensor, from the plan of a state."""
+    try:
+        return {
+            name: (DTYPES[dtype], tuple(map(operator.index, shape)))
+            for name, dtype, shape in plan["averaged"]
+        }
+    except (LookupError, TypeError, ValueError) as error:
+        raise DamagedState(where, "expected the averaged tensors") from error
