@@ -159,6 +159,17 @@ def free_bytes(directory: str) -> int:
     return status.f_bavail * status.f_frsize
 
 
+def left_bytes(path: str) -> int:
+    """Return what the unfinished output for `path` takes that a killed process left."""
+    root = beside(path, TEMPORARY_SUFFIX)
+    with contextlib.suppress(OSError):
+        found = [root]
+        if os.path.isdir(root) and not os.path.islink(root):
+            found = [entry.path for entry in os.scandir(root)]
+        return sum(os.lstat(one).st_blocks * 512 for one in found)
+    return 0
+
+
 def write_exact(fd: int, data: memoryview | bytes, offset: int, path: str) -> None:
     """Write all of `data` at `offset`; raises `StorageError`."""
     view = memoryview(data)

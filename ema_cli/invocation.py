@@ -14,23 +14,24 @@ from ema_cli.specs import default_label
 
 def run_words(request: Request, averages: tuple[Average, ...]) -> list[str]:
     """Return the words of ``ema-avg run`` for `request`, but with these averages."""
-    words = ["ema-avg", "run", *request.paths, *_settings(request, averages)]
+    words = ["ema-avg", "run", *request.paths, *_settings(request, averages, exact=False)]
     return [*words, *_wishes(request.wishes), "-o", request.output or "OUT"]
 
 
 def setting_words(request: Request) -> list[str]:
     """Return the options of a request that a state is bound to: what is averaged, and how."""
-    words = _settings(request, request.averages)
+    words = _settings(request, request.averages, exact=True)
     for option in ("name", "optimizer"):
         words += _option(option, getattr(request.wishes, option), getattr(Wishes(), option))
     return words
 
 
-def _settings(request: Request, averages: tuple[Average, ...]) -> list[str]:
-    words = [*_choice(request.choice), *_averages(averages)]
+def _settings(request: Request, averages: tuple[Average, ...], *, exact: bool) -> list[str]:
+    words = [*_choice(request.choice), *_averages(averages, exact=exact)]
     for rule in request.rules:
         words += ["--include" if rule.include else "--exclude", rule.pattern]
-    plain = Request((), None, ())
+    ours = request.like == Request((), None, ()).like
+    plain = Request((), None, (), statistics="average" if ours else "copy")
     for option in ("statistics", "shadow_dtype", "like", "non_finite"):
         words += _option(option, getattr(request, option), getattr(plain, option))
     return words
@@ -50,18 +51,20 @@ def _choice(choice: Choice) -> list[str]:
     return words
 
 
-def _averages(averages: tuple[Average, ...]) -> list[str]:
+def _averages(averages: tuple[Average, ...], *, exact: bool) -> list[str]:
+    """Return the options that ask for averages; `exact`: under the labels they have."""
     specs = [spec_of(average) for average in averages]
-    labels = [average.label for average in averages]
+    written = [
+        default_label(spec if exact else a.spec) for a, spec in zip(averages, specs, strict=True)
+    ]
+    named = [average.label != label for average, label in zip(averages, written, strict=True)]
     only = averages[0]
-    renamed = labels[0] != default_label(only.spec)
-    if len(specs) == 1 and isinstance(only.family, Ema) and not only.window and not renamed:
+    if len(specs) == 1 and isinstance(only.family, Ema) and not only.window and not named[0]:
         words = ["--decay", specs[0].removeprefix("ema:")]
     else:
         words = []
-        for average, spec in zip(averages, specs, strict=True):
-            named = average.label != default_label(average.spec)
-            words += ["--average", f"{average.label}={spec}" if named else spec]
+        for average, spec, name in zip(averages, specs, named, strict=True):
+            words += ["--average", f"{average.label}={spec}" if name else spec]
     exponential = next((average for average in averages if average.exponential), None)
     if exponential is not None:
         plain = Average("", "", Ema(0))

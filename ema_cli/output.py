@@ -123,9 +123,7 @@ class Unpublished:
 
     def go_on(self) -> None:
         """Keep what the files hold, but for what is known of them: a seal may have changed it."""
-        with storage_errors(self.root, "cannot open"):
-            allocated = sum(os.lstat(path).st_blocks * 512 for path in self.paths)
-        self._create(self.layout.nbytes - allocated)
+        self._create(self.layout.nbytes - durable.left_bytes(self.destination))
 
     def _create(self, needed: int) -> None:
         free = durable.free_bytes(os.path.dirname(self.root))

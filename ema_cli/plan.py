@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from ema_cli import kernel, runs, search
 from ema_cli.averages import Average
 from ema_cli.blueprint import Layout
-from ema_cli.durable import free_bytes
+from ema_cli.durable import free_bytes, left_bytes
 from ema_cli.errors import UsageError
 from ema_cli.formats import Known
 from ema_cli.formats.sidefiles import refuse_quantized
@@ -213,6 +213,12 @@ def block_elements(largest: int, workers: int, accumulators: int) -> int:
     return max(1, min(largest // min(accumulators, 2), max(fair, 1 << 14)))
 
 
+def _free(request: Request, outcomes: Sequence[Outcome]) -> int:
+    """Return what there is for the outputs: what a killed run left of them counts, too."""
+    free = free_bytes(os.path.dirname((request.output or "").rstrip("/")))
+    return free + sum(left_bytes(outcome.layout.path) for outcome in outcomes)
+
+
 def _costs(request: Request, outcomes: Sequence[Outcome], work: Work) -> Costs:
     widest = max(
         (
@@ -232,6 +238,6 @@ def _costs(request: Request, outcomes: Sequence[Outcome], work: Work) -> Costs:
         read=work.read,
         write=sum(outcome.layout.nbytes for outcome in outcomes),
         memory=BASE_BYTES + buffers + TENSOR_BYTES * tensors,
-        free=free_bytes(os.path.dirname((request.output or "").rstrip("/"))),
+        free=_free(request, outcomes),
         spill=work.spill,
     )

@@ -40,6 +40,7 @@ def produce(
     overwrite: bool,
     resumable: bool = False,
     restart: bool | None = None,
+    stale: str = "",
 ) -> list[str]:
     """Carry out work and publish its outputs; returns what could not be promised.
 
@@ -53,6 +54,7 @@ def produce(
         resumable: continue what a killed process left of this very work, and leave what is done
             to another process when a signal ends this one.
         restart: continue nothing; None where nobody can ask for that.
+        stale: why a killed process' work is not continued, where its log does not tell.
     """
     tell = on_event or _ignore
     with contextlib.ExitStack() as stack:
@@ -66,7 +68,7 @@ def produce(
                 log.resume()
         try:
             work = stack.enter_context(spilled(work, layouts[0].path))
-            why = "--restart" if restart else ""
+            why = "--restart" if restart else stale
             note = _open(made, log, engine.tasks(work, paths), why)
             if note:
                 tell(Progress(0, work.read, note))
@@ -157,7 +159,7 @@ def left_to_another(error: BaseException, log: Log | None, restart: bool | None)
     while isinstance(signal, Exception):  # raised while a signal unwound
         signal = signal.__context__
     if signal is not None:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(BaseException):  # a second signal, too: the first one is told
             log.close(PATIENCE)
         if log.recorded:
             signal.add_note(CONTINUES if restart is None else f"{CONTINUES}; {RESTARTS}")

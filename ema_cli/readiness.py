@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from ema_cli import runs
 from ema_cli.errors import Disagreement, EmaError, InputError, NothingToAverage
 from ema_cli.formats import folders, tensorflow
+from ema_cli.listing import Files, Signature, list_files
 from ema_cli.runs import Run
 from ema_cli.search import NUMBERED_FOLDER, Choice, PassedOver, search
 from ema_cli.steps import compile_step_from, step_from_name
@@ -28,12 +29,7 @@ QUIET_SECONDS = 2.0
 # make no sense as a whole, since that passes while files are moved.
 GRACE_SECONDS = 30.0
 GONE = "rotated away"
-_FOREVER = float("inf")
-# Of the folders in a run, how deep files are looked at: a SavedModel has its variables in one.
-_DEPTH = 2
-
-# Of each file its name within the run, size, time in ns and inode.
-Signature = tuple[tuple[str, int, int, int], ...]
+NEVER = float("inf")
 
 
 class Lost(NamedTuple):
@@ -83,7 +79,7 @@ class Sight:
     waiting: tuple[str, ...] = ()
     expected: int | None = None
     run: Run | None = None
-    soon: float = _FOREVER
+    soon: float = NEVER
 
 
 class Lookout:
@@ -100,16 +96,17 @@ class Lookout:
         self._root, self._choice, self._state = root, choice, state
         self._expression = compile_step_from(choice.step_from)
         self._depth = (choice.glob or "").count("/")
-        self._files = _Files({}, frozenset())
+        self._files = Files({}, frozenset())
         self._searched: Mapping[str, Signature] | None = None
         self._quiet = _Quiet()
         self._seen: dict[int, Candidate] = {}
         self._refused: dict[str, tuple[Signature, str]] = {}
+        self._over: set[int] = set()  # steps that were told as lost, or are not waited for
         self._trouble: tuple[str, float] = ("", 0.0)
 
     def look(self, last: int | None) -> Sight:
         """Look at the run; `last` is the newest step that is averaged or lost already."""
-        files = _files(self._root, self._depth, self._state)
+        files = list_files(self._root, self._depth, self._state)
         if files is None:
             return Sight(waiting=(f"{shorten(self._root, 1000)}: not there yet",))
         found = None
@@ -129,9 +126,19 @@ class Lookout:
         """Count a checkpoint as damaged for as long as its files stay what they are."""
         self._refused[checkpoint.within] = (self._files.under(checkpoint.within), reason)
 
+    def unusable(self, until: int | None) -> tuple[PassedOver, ...]:
+        """Return what looks like a checkpoint and could not be used, up to a step."""
+        named = [(e, self._pending(e)) for e in self.run.passed_over if e.unusable]
+        found = [(entry, c.step if c else None) for entry, c in named]
+        for checkpoint in self.run.checkpoints:
+            reason = self._refusal(checkpoint)
+            if reason:
+                found.append((PassedOver(checkpoint.path, reason, True), checkpoint.step))
+        return tuple(e for e, step in found if until is None or step is None or step <= until)
+
     # ------------------------------------------------------------------ searching
 
-    def _is_due(self, files: _Files) -> bool:
+    def _is_due(self, files: Files) -> bool:
         """Whether to read headers: something came or went, or has settled since the last time."""
         before, self._files = self._files, files
         if self._searched is None or self._searched.keys() != files.entries.keys():
@@ -158,30 +165,32 @@ class Lookout:
         left = GRACE_SECONDS - (now - self._trouble[1])
         if left <= 0:
             raise error
-        return Sight(waiting=(text,), soon=left)
+        return Sight(waiting=(text,), expected=0, soon=left)
 
     # ------------------------------------------------------------------ candidates
 
     def _candidates(self, last: int | None) -> list[Candidate]:
         """Return what is newer than `last`, in order of steps, each step once."""
-        newer: dict[int, Candidate] = {}
+        found: dict[int, Candidate] = {}
         for entry in self.run.passed_over:
             candidate = self._pending(entry)
-            if candidate is not None and (last is None or candidate.step > last):
-                newer.setdefault(candidate.step, candidate)
+            if candidate is not None:
+                found.setdefault(candidate.step, candidate)
         for checkpoint in self.run.checkpoints:
             step = checkpoint.step or 0
-            if last is None or step > last:
-                newer[step] = self._readable(step, checkpoint)
-        return [newer[step] for step in sorted(newer)]
+            found[step] = self._readable(step, checkpoint)
+        newer = (step for step in sorted(found) if last is None or step > last)
+        return [found[step] for step in newer if step not in self._over]
 
     def _readable(self, step: int, checkpoint: Checkpoint) -> Candidate:
-        within = checkpoint.within
-        signature, reason = self._refused.get(within, ((), ""))
-        if reason and signature == self._files.under(within):
-            return Candidate(step, checkpoint.path, within, None, reason)
-        self._refused.pop(within, None)
-        return Candidate(step, checkpoint.path, within, checkpoint)
+        reason = self._refusal(checkpoint)
+        found = None if reason else checkpoint
+        return Candidate(step, checkpoint.path, checkpoint.within, found, reason)
+
+    def _refusal(self, checkpoint: Checkpoint) -> str:
+        """Return why a checkpoint was refused, unless its files have changed since."""
+        signature, reason = self._refused.get(checkpoint.within, ((), ""))
+        return reason if signature == self._files.under(checkpoint.within) else ""
 
     def _pending(self, entry: PassedOver) -> Candidate | None:
         """Return what may become a checkpoint, told by its name; None for anything else."""
@@ -205,6 +214,7 @@ class Lookout:
             del self._seen[step]
         gone = [self._seen.pop(step) for step in sorted(self._seen.keys() - here)]
         self._seen.update((c.step, c) for c in candidates if c.firm)
+        self._over.update(c.step for c in gone)
         return [Lost(c.step, c.path, GONE, c.checkpoint) for c in gone]
 
     # ------------------------------------------------------------------ judging
@@ -225,7 +235,7 @@ class Lookout:
                 continue
             if c.checkpoint is None:
                 later = bool(complete) and complete[-1] > c.step
-                seconds = self._quiet.left(c.within, GRACE_SECONDS) if later else _FOREVER
+                seconds = self._quiet.left(c.within, GRACE_SECONDS) if later else NEVER
                 if seconds <= 0:
                     given_up.append(c)
                     continue
@@ -239,6 +249,7 @@ class Lookout:
     def _lost(self, given_up: list[Candidate]) -> list[Lost]:
         for candidate in given_up:
             self._seen.pop(candidate.step, None)
+            self._over.add(candidate.step)
         return [Lost(c.step, c.path, c.reason) for c in given_up if c.firm]
 
 
@@ -286,81 +297,9 @@ class _Quiet:
         """
         signature, since, looks = self._known[name]
         if not signature:
-            return _FOREVER
+            return NEVER
         watched = time.monotonic() - since
         newest = max(time_ns for _, _, time_ns, _ in signature) / 1e9
         age = time.time() - newest
         left = max(QUIET_SECONDS - watched, seconds - (age if age >= 0 else watched))
         return max(left, 0.0) if looks > 1 else max(left, 0.01)
-
-
-# ---------------------------------------------------------------------------- listing
-
-
-class _Files:
-    """The files of a run as they are at one moment.
-
-    Attributes:
-        entries: the signature of each file or folder that a search looks at.
-    """
-
-    def __init__(
-        self, found: Mapping[str, tuple[int, int, int]], directories: frozenset[str], depth: int = 0
-    ) -> None:
-        groups: dict[str, list[tuple[str, int, int, int]]] = {name: [] for name in directories}
-        for name in sorted(found):
-            row = (name, *found[name])
-            parts = name.split("/")
-            own = ["/".join(parts[:k]) for k in range(1, len(parts) + 1)]
-            stem = tensorflow.stem_of(name)
-            for key in [*own, stem] if stem else own:
-                groups.setdefault(key, []).append(row)
-        self._groups = groups
-        tops = (*found, *directories)
-        self.entries: Mapping[str, Signature] = {
-            name: self.under(name) for name in tops if name.count("/") <= depth
-        }
-
-    def under(self, name: str) -> Signature:
-        """Return the signature of a file, of what a folder holds, or of the files of a prefix."""
-        return tuple(self._groups.get(name, ()))
-
-
-def _files(root: str, depth: int, state: str) -> _Files | None:
-    """Return the files of a run, or None where it is not there."""
-    found: dict[str, tuple[int, int, int]] = {}
-    directories: set[str] = set()
-    passed = {os.path.realpath(state)}
-    if not os.path.isdir(root):
-        return None
-    for name, entry in _walk(root, "", depth + _DEPTH, passed):
-        try:
-            status = entry.stat()
-        except OSError:
-            continue  # gone meanwhile, or a link to nothing
-        if entry.is_dir():
-            directories.add(name)
-        else:
-            found[name] = (status.st_size, status.st_mtime_ns, status.st_ino)
-    return _Files(found, frozenset(directories), depth)
-
-
-def _walk(
-    folder: str, within: str, depth: int, passed: set[str]
-) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Yield what lies in a folder and those in it, hidden entries and those of a state apart."""
-    try:
-        with os.scandir(folder) as listing:
-            entries = list(listing)
-    except OSError:
-        return  # gone meanwhile, or a search will say why it cannot be listed
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        name = within + entry.name
-        if not entry.is_dir():
-            yield name, entry
-        elif os.path.realpath(entry.path) not in passed:
-            yield name, entry
-            if depth > 0:
-                yield from _walk(entry.path, f"{name}/", depth - 1, passed)

@@ -95,8 +95,10 @@ def run_plan(
         not overwrite and _unchanged(outcome.layout.path, digest)
         for outcome, (_, digest) in zip(plan.outcomes, documents, strict=True)
     ]
-    if same[0]:
+    stale = ""
+    if keep and same[0]:
         forget(plan.outcomes[0].layout)
+        stale = "some of the outputs were published"
     notes: list[str] = []
     read = 0 if all(same) else plan.costs.read
     if any(same) and not all(same):
@@ -104,7 +106,7 @@ def run_plan(
         rest = planning.make(dataclasses.replace(plan.request, averages=tuple(averages)))
         documents = [_document(rest, outcome) for outcome in rest.outcomes]
         read = rest.costs.read
-        notes = _write(rest, documents, overwrite, restart, executor, on_event)
+        notes = _write(rest, documents, overwrite, restart, executor, on_event, stale)
     elif not all(same):
         notes = _write(plan, documents, overwrite, restart, executor, on_event)
     for outcome, done in zip(plan.outcomes, same, strict=True):
@@ -155,8 +157,12 @@ def _write(
     restart: bool | None,
     executor: Executor | None,
     on_event: OnEvent | None,
+    stale: str = "",
 ) -> list[str]:
-    """Compute and publish all outputs of a plan; returns notes."""
+    """Compute and publish all outputs of a plan; returns notes.
+
+    `stale` is why an interrupted run of a plan with more outputs is not continued.
+    """
     layouts = [outcome.layout for outcome in plan.outcomes]
     if len({layout.path.rstrip("/") for layout in layouts}) < len(layouts):
         raise UsageError(f"-o {shorten(layouts[0].path)}: two averages have the same output")
@@ -172,4 +178,5 @@ def _write(
         overwrite=overwrite,
         resumable=True,
         restart=restart,
+        stale=stale,
     )

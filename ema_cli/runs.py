@@ -11,6 +11,7 @@ from ema_cli import formats
 from ema_cli.errors import Disagreement, InputError, NothingToAverage, UsageError
 from ema_cli.formats import Known, folders, tensorflow
 from ema_cli.search import NUMBERED_FOLDER, Choice, PassedOver, is_prefix, search, with_step
+from ema_cli.states.directory import is_state
 from ema_cli.steps import step_from_name
 from ema_cli.tensors import Checkpoint
 from ema_cli.text import command, shorten
@@ -55,6 +56,11 @@ def find(paths: Sequence[str], choice: Choice, known: Known | None = None) -> Ru
     for path in paths:
         if not os.path.lexists(path) and tensorflow.prefix_of(path) is None:
             raise InputError(f"{shorten(path, 1000)}: no such file or directory")
+        if is_state(path):
+            raise InputError(
+                f"{shorten(path, 1000)}: expected a run, found a state",
+                f"write what it holds with {command('ema-avg', 'export', path, '-o', 'OUT')}",
+            )
     found = _searched(paths[0], choice, known) if searching else _named(paths, choice, known)
     found = _filtered(_ordered(found, choice, explicit=not found.searched), choice)
     if not found.checkpoints:

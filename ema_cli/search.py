@@ -12,6 +12,7 @@ from ema_cli import formats, provenance
 from ema_cli.durable import is_temporary
 from ema_cli.errors import InputError
 from ema_cli.formats import Known, folders, foreign, tensorflow
+from ema_cli.states.directory import is_state
 from ema_cli.steps import (
     Step,
     compile_step_from,
@@ -175,6 +176,8 @@ def _reason_by_name(path: str, there: str, siblings: set[str]) -> PassedOver | N
         reason = "training state beside the weights"
     elif provenance.load(path) is not None:
         reason = "an output of ema-avg"
+    elif is_state(there):
+        reason = "a state of ema-avg"
     return PassedOver(path, reason) if reason else None
 
 

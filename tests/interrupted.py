@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,15 +14,16 @@ from typing import Any, NoReturn
 import numpy as np
 from conformance import make
 
-from ema_cli import durable, engine, progress
+from ema_cli import durable
 from ema_cli.cli import main
 from ema_cli.progress import Log
 from ema_cli.tasks import Done, Task
+from ema_cli.worker import run_task
 
 KILLED = 99
 # What changes a file or a name.
-CHANGES = ("pwrite", "copy_file_range", "ftruncate", "fdatasync", "fsync")
-CHANGES += ("rename", "replace", "unlink", "mkdir", "rmdir")
+_OF_FILES = ("pwrite", "copy_file_range", "ftruncate", "fdatasync", "fsync")
+CHANGES = (*_OF_FILES, "rename", "replace", "unlink", "mkdir", "rmdir")
 
 
 def model(step: int) -> dict[str, np.ndarray]:
@@ -103,19 +105,26 @@ def killed_at(nth: int, arguments: list[str], said: Path) -> bool:
     return code == KILLED
 
 
-def stopped_at(nth: int, arguments: list[str], said: Path, stop: Callable[[], Any]) -> int:
-    """Run a command that calls `stop` in its main thread after task number `nth` is added."""
+def stopped_at(
+    nth: int, arguments: list[str], said: Path, number: int, *, recorded: bool = True
+) -> int:
+    """Run a command that gets a signal when task number `nth` is added; returns its exit code.
+
+    `recorded`: not before some are recorded.
+    """
 
     def before() -> None:
         added = itertools.count(1)
-        add = progress.Log.add
+        add = Log.add
 
         def stopping(log: Log, ordinal: int, done: Done) -> None:
             add(log, ordinal, done)
             if next(added) == nth:
-                stop()
+                while recorded and not log.recorded:
+                    time.sleep(0.001)
+                os.kill(os.getpid(), number)
 
-        progress.Log.add = stopping  # type: ignore[method-assign]
+        setattr(Log, "add", stopping)  # noqa: B010  # as a monkeypatch does
 
     return in_child(arguments, said, before)
 
@@ -125,8 +134,7 @@ class Counted:
 
     def __init__(self) -> None:
         self.calls = 0
-        self._run = engine.run_task
 
     def __call__(self, task: Task) -> Done:
         self.calls += 1
-        return self._run(task)
+        return run_task(task)

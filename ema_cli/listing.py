@@ -1,0 +1,81 @@
+"""The files of a run as they are at one moment, so that what changes is seen without reading."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+
+from ema_cli.formats import tensorflow
+
+# Of each file its name within the run, size, time in ns and inode.
+Signature = tuple[tuple[str, int, int, int], ...]
+# Of the folders in a run, how deep files are looked at: a SavedModel has its variables in one.
+_DEPTH = 2
+
+
+class Files:
+    """The files of a run as they are at one moment.
+
+    Attributes:
+        entries: the signature of each file or folder that a search looks at.
+    """
+
+    def __init__(
+        self, found: Mapping[str, tuple[int, int, int]], directories: frozenset[str], depth: int = 0
+    ) -> None:
+        groups: dict[str, list[tuple[str, int, int, int]]] = {name: [] for name in directories}
+        for name in sorted(found):
+            row = (name, *found[name])
+            parts = name.split("/")
+            own = ["/".join(parts[:k]) for k in range(1, len(parts) + 1)]
+            stem = tensorflow.stem_of(name)
+            for key in [*own, stem] if stem else own:
+                groups.setdefault(key, []).append(row)
+        self._groups = groups
+        tops = (*found, *directories)
+        self.entries: Mapping[str, Signature] = {
+            name: self.under(name) for name in tops if name.count("/") <= depth
+        }
+
+    def under(self, name: str) -> Signature:
+        """Return the signature of a file, of what a folder holds, or of the files of a prefix."""
+        return tuple(self._groups.get(name, ()))
+
+
+def list_files(root: str, depth: int, state: str) -> Files | None:
+    """Return the files of a run, or None where it is not there."""
+    found: dict[str, tuple[int, int, int]] = {}
+    directories: set[str] = set()
+    if not os.path.isdir(root):
+        return None
+    for name, entry in _walk(root, "", depth + _DEPTH, os.path.realpath(state)):
+        try:
+            status = entry.stat()
+        except OSError:
+            continue  # gone meanwhile, or a link to nothing
+        if entry.is_dir():
+            directories.add(name)
+        else:
+            found[name] = (status.st_size, status.st_mtime_ns, status.st_ino)
+    return Files(found, frozenset(directories), depth)
+
+
+def _walk(
+    folder: str, within: str, depth: int, state: str
+) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Yield what lies in a folder and those in it, but for hidden entries and the state."""
+    try:
+        with os.scandir(folder) as listing:
+            entries = list(listing)
+    except OSError:
+        return  # gone meanwhile, or a search will say why it cannot be listed
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        name = within + entry.name
+        if not entry.is_dir():
+            yield name, entry
+        elif entry.name != os.path.basename(state) or os.path.realpath(entry.path) != state:
+            yield name, entry
+            if depth > 0:
+                yield from _walk(entry.path, f"{name}/", depth - 1, state)
