@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ema_cli.progress import Log
     from ema_cli.tasks import Done
 
-PATIENCE = 60.0  # seconds after which a command hangs
+PATIENCE = 30.0  # seconds after which a command hangs
 HUNG = 1000
 
 
@@ -125,6 +125,47 @@ class Ended:
         return f"{how}: {' | '.join(last)}"
 
 
+class Running:
+    """A command that was started.
+
+    Attributes:
+        pid: of its process.
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        cwd: str,
+        trace: Sequence[str] = (),
+        before: Callable[[], None] | None = None,
+    ) -> None:
+        self._out, self._err = os.memfd_create("out"), os.memfd_create("err")
+        gate, release = os.pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            _child(argv, cwd, (self._out, self._err, gate), before)
+        os.close(gate)
+        self._tracer = _attach(self.pid, trace) if trace else None
+        os.close(release)
+
+    def wait(self) -> Ended:
+        """Return how it ended."""
+        code = _wait(self.pid)
+        if self._tracer is not None:
+            self._tracer.communicate()
+        ended = Ended(code, _text(self._out), _text(self._err))
+        os.close(self._out)
+        os.close(self._err)
+        return ended
+
+
+def start(argv: Sequence[str], cwd: str, trace: Sequence[str] = ()) -> Running:
+    """Start the tool with `argv` in a fork; `trace` are arguments of strace, if it shall attach."""
+    return Running(argv, cwd, trace)
+
+
 def run(
     argv: Sequence[str],
     cwd: str,
@@ -132,57 +173,18 @@ def run(
     trace: Sequence[str] = (),
     before: Callable[[], None] | None = None,
 ) -> Ended:
-    """Run the tool with `argv` in a fork; `trace` are arguments of strace, if it shall attach.
-
-    `before` is called in the child first.
-    """
-    out, err = os.memfd_create("out"), os.memfd_create("err")
-    gate, release = os.pipe()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid == 0:
-        _child(argv, cwd, out, err, gate, before)
-    os.close(gate)
-    try:
-        tracer = _attach(pid, trace) if trace else None
-        os.close(release)
-        code = _wait(pid)
-        if tracer is not None:
-            tracer.communicate()
-        return Ended(code, _text(out), _text(err))
-    finally:
-        os.close(out)
-        os.close(err)
-
-
-def start(argv: Sequence[str], cwd: str, log: str) -> int:
-    """Start the tool in a fork with its output in the file `log`; returns the process id."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid == 0:
-        fd = os.open(log, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-        gate, release = os.pipe()
-        os.close(release)
-        _child(argv, cwd, fd, fd, gate, None)
-    return pid
-
-
-def wait(pid: int) -> int:
-    """Return the exit code of a process that `start` started."""
-    return _wait(pid)
+    """Run the tool to its end, as `start`; `before` is called in the child first."""
+    return Running(argv, cwd, trace, before).wait()
 
 
 def _child(
     argv: Sequence[str],
     cwd: str,
-    out: int,
-    err: int,
-    gate: int,
+    fds: tuple[int, int, int],
     before: Callable[[], None] | None,
 ) -> None:
-    """Be the tool; never returns."""
+    """Be the tool; never returns. It begins when nobody holds the gate's other end any more."""
+    out, err, gate = fds
     code = 99
     try:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

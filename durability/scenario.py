@@ -47,7 +47,8 @@ class Step:
     equals: int = 0
 
 
-def _follow(name: str, before: int, after: int, *more: str, output: str = "") -> Step:
+def follow(name: str, before: int, after: int, *more: str, output: str = "") -> Step:
+    """Return the command that brings a state from `before` to `after` checkpoints."""
     out = ("-o", output) if output else ()
     argv = ("run", f"{{stages}}/{after}", "--state", STATE, *DECAY, *out, *more)
     return Step(name, argv, before, after, output, after if output else 0)
@@ -57,13 +58,13 @@ def _follow(name: str, before: int, after: int, *more: str, output: str = "") ->
 ALONE = Step(
     "alone", ("run", "{stages}/9", "-o", "alone.safetensors", *DECAY), 0, 0, "alone.safetensors", 9
 )
-CREATE = _follow("create", 0, 1)
-UPDATES = tuple(_follow(f"update{n}", n, n + 1) for n in (1, 2, 3))
-BATCH = _follow("batch", 4, 9, output="batch.safetensors")
+CREATE = follow("create", 0, 1)
+UPDATES = tuple(follow(f"update{n}", n, n + 1) for n in (1, 2, 3))
+BATCH = follow("batch", 4, 9, output="batch.safetensors")
 EXPORT = Step(
     "export", ("export", STATE, "-o", "export.safetensors"), 9, 9, "export.safetensors", 9
 )
-LAST = _follow("last", 9, CHECKPOINTS)
+LAST = follow("last", 9, CHECKPOINTS)
 STEPS = (CREATE, *UPDATES, BATCH, EXPORT)
 
 
@@ -136,7 +137,7 @@ class Scenario:
         here = os.path.join(self.base, "one-by-one")
         os.makedirs(here)
         for n in range(1, CHECKPOINTS + 1):
-            self.must(_follow("one", n - 1, n), here)
+            self.must(follow("one", n - 1, n), here)
             self.reference.contents[n] = reader.contents(os.path.join(here, STATE))
 
     def _check_undisturbed(self, step: Step, here: str, ended: Ended) -> None:
@@ -153,13 +154,17 @@ class Scenario:
 
     def restore(self, step: Step, into: str) -> None:
         """Make the directory `into` what it was before a step."""
+        self.restore_from(self.before(step), into)
+
+    def restore_from(self, source: str, into: str) -> None:
+        """Make the directory `into` a copy of another."""
         for entry in os.listdir(into) if os.path.isdir(into) else ():
             path = os.path.join(into, entry)
             if os.path.isdir(path) and not os.path.islink(path):
                 shutil.rmtree(path)
             else:
                 os.unlink(path)
-        copy_tree(self.before(step), into)
+        copy_tree(source, into)
 
 
 _APPLIED = re.compile(r"^applied .*\bsteps? (?:[\d,]+ to )?([\d,]+)\b", re.MULTILINE)

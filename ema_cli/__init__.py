@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 from ema_cli.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from ema_cli.api import average_run, diff, export, inspect, plan_run, rename, restore_map
+    from ema_cli.api import (
+        average_run,
+        diff,
+        export,
+        inspect,
+        plan_run,
+        rename,
+        restore_map,
+        watch,
+    )
     from ema_cli.auditing import verify
     from ema_cli.ema import ExponentialMovingAverage
     from ema_cli.errors import EmaError
@@ -28,6 +37,7 @@ __all__ = [
     "rename",
     "restore_map",
     "verify",
+    "watch",
 ]
 
 _HOMES = {

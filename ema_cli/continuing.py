@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from ema_cli import exporting, runs, updating
 from ema_cli import plan as planning
 from ema_cli.destination import check_destination
-from ema_cli.durable import free_bytes
+from ema_cli.durable import exists, free_bytes
 from ema_cli.engine import Progress
-from ema_cli.errors import UsageError
+from ema_cli.errors import Disagreement, UsageError
 from ema_cli.layout import lay_out
 from ema_cli.plan import Costs, Outcome, Plan, Request
 from ema_cli.running import Written, refuse_warnings, run_plan
@@ -120,6 +120,12 @@ def continue_state(
 def find(state: State, request: Request) -> tuple[Run, tuple[Checkpoint, ...], list[str]]:
     """Return the run, its checkpoints that are new to a state, and what is odd about the rest."""
     run = runs.find(request.paths, request.choice)
+    if run.counted:
+        raise Disagreement(
+            f"{shorten(run.checkpoints[0].path, 1000)}: no step: none is stored inside and its "
+            "name tells none; by their steps a state tells which checkpoints are new",
+            "give --step-from 'REGEX' whose first group is the step",
+        )
     news = updating.news(state, run)
     run = dataclasses.replace(run, passed_over=(*run.passed_over, *news.late))
     return run, news.new, list(news.notes)
@@ -179,7 +185,7 @@ def plan_state(request: Request, path: str) -> Plan:
     """Return what `continue_state` would do, as a plan over all checkpoints of the state."""
     settings.check_possible(request)
     planning.check_output(request)
-    if not directory.is_state(path) or not os.path.lexists(os.path.join(path, directory.ROOT)):
+    if not directory.is_state(path) or not exists(os.path.join(path, directory.ROOT)):
         return _planned(State(path), request)
     with store.reading(path) as state:
         _check_settings(state, request)

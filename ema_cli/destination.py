@@ -16,6 +16,7 @@ from ema_cli import durable, provenance
 from ema_cli.blueprint import Layout
 from ema_cli.errors import OutputExists, StorageError, storage_errors
 from ema_cli.formats import FORMATS, folders, tensorflow
+from ema_cli.states.directory import is_state
 from ema_cli.tensors import Stamp
 from ema_cli.text import shorten
 
@@ -30,6 +31,7 @@ def check_destination(layout: Layout, inputs: Iterable[Stamp], *, overwrite: boo
     """
     path = layout.path.rstrip("/")
     shown = shorten(path, 1000)
+    _refuse_state(path, shown)
     paths = standing(layout)
     _refuse_inputs(paths or [path], shown, inputs)
     if layout.kind != "folder" and os.path.isdir(path) and not paths[1:]:
@@ -43,6 +45,20 @@ def check_destination(layout: Layout, inputs: Iterable[Stamp], *, overwrite: boo
     if not overwrite:
         raise exists(shown)
     check_replaceable(layout)
+
+
+def _refuse_state(path: str, shown: str) -> None:
+    """Raise `OutputExists` for an output that is a state, or would lie inside one."""
+    above = os.path.realpath(path)
+    while True:
+        if is_state(above):
+            raise OutputExists(
+                f"{shown}: inside a state: {shorten(above, 1000)}",
+                "write to another directory with -o",
+            )
+        if os.path.dirname(above) == above:
+            return
+        above = os.path.dirname(above)
 
 
 def standing(layout: Layout) -> list[str]:
@@ -136,7 +152,7 @@ def repair(layout: Layout, *, keep: bool = False) -> None:
     traces = [aside_of(destination)]
     if layout.kind == "prefix":
         traces += [_moving_of(destination), root]
-    if not any(os.path.lexists(path) for path in traces):
+    if not any(durable.exists(path) for path in traces):
         return
     lock = durable.create_locked_directory(root, empty=False)
     try:
@@ -154,7 +170,7 @@ def repair(layout: Layout, *, keep: bool = False) -> None:
 
 def _remove_unfinished(prefix: str, root: str, *, keep: bool) -> None:
     """Remove the data files that a killed process gave their names, when its index got none."""
-    if os.path.lexists(prefix + tensorflow.SUFFIX) or os.path.lexists(_moving_of(prefix)):
+    if durable.exists(prefix + tensorflow.SUFFIX) or durable.exists(_moving_of(prefix)):
         return
     waiting = os.listdir(root)
     if os.path.basename(prefix) + tensorflow.SUFFIX not in waiting:
@@ -182,9 +198,9 @@ def restore(layout: Layout) -> None:
     aside = aside_of(destination)
     if layout.kind == "prefix":
         _restore_prefix(destination, aside)
-    elif not os.path.lexists(aside):
+    elif not durable.exists(aside):
         return
-    elif os.path.lexists(destination):
+    elif durable.exists(destination):
         durable.remove(aside)
     else:
         os.rename(aside, destination)
@@ -196,13 +212,13 @@ def _restore_prefix(prefix: str, aside: str) -> None:
     As long as they are being moved, here or there, nothing new stands beside them.
     """
     moving = _moving_of(prefix)
-    if os.path.lexists(aside):
-        if os.path.lexists(prefix + tensorflow.SUFFIX):
+    if durable.exists(aside):
+        if durable.exists(prefix + tensorflow.SUFFIX):
             durable.remove(aside)
             return
         _remove_staged(prefix)
         os.rename(aside, moving)
-    if not os.path.lexists(moving):
+    if not durable.exists(moving):
         return
     for name in sorted(os.listdir(moving), key=lambda name: name.endswith(tensorflow.SUFFIX)):
         os.rename(os.path.join(moving, name), os.path.join(os.path.dirname(prefix), name))
@@ -229,7 +245,7 @@ def rename(layout: Layout, root: str, *, overwrite: bool) -> None:
             durable.rename_new(root, destination)
         except FileExistsError:  # it appeared while we worked
             raise exists(shorten(destination, 1000)) from None
-    elif layout.kind == "file" or not os.path.lexists(destination):
+    elif layout.kind == "file" or not durable.exists(destination):
         os.replace(root, destination)
     else:
         check_replaceable(layout)  # again: something may have been put there
@@ -256,7 +272,7 @@ def _rename_prefix(layout: Layout, root: str, prefix: str, overwrite: bool) -> N
             _rename_new(_made(root, prefix, file.name), prefix + file.name, prefix)
     except BaseException:
         for file in reversed(layout.files):
-            if not os.path.lexists(_made(root, prefix, file.name)):  # it has its name already
+            if not durable.exists(_made(root, prefix, file.name)):  # it has its name already
                 os.unlink(prefix + file.name)
         _restore_prefix(prefix, aside_of(prefix))
         raise

@@ -153,7 +153,7 @@ def free_bytes(directory: str) -> int:
     A directory that does not exist yet counts as the nearest one above it that does.
     """
     directory = directory or "."
-    while not os.path.isdir(directory):
+    while directory not in (".", "/") and not os.path.isdir(directory):
         directory = os.path.dirname(directory) or "."
     status = os.statvfs(directory)
     return status.f_bavail * status.f_frsize
@@ -244,6 +244,20 @@ def stage(path: str, data: bytes) -> str:
     finally:
         os.close(fd)
     return temporary
+
+
+def exists(path: str) -> bool:
+    """Whether something is called `path`, a dangling link too.
+
+    What cannot be told for another reason than that nothing is there raises `StorageError`: what
+    is decided on it may not be undone.
+    """
+    with storage_errors(path, "cannot look for it"):
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
 
 def remove(path: str) -> None:

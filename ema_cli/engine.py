@@ -7,6 +7,7 @@ and may run twice, in threads or in other processes.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass
@@ -106,7 +107,8 @@ def bounded(
             future.cancel()
         for future in wait(pending).done:
             if not future.cancelled() and future.exception() is None:
-                late(pending[future], future.result())
+                with contextlib.suppress(Exception):  # another error is on its way
+                    late(pending[future], future.result())
 
 
 def tasks(work: Work, outputs: Sequence[str]) -> Iterator[Task]:

@@ -91,7 +91,7 @@ class Mixer:
             name, path = checkpoint.index.format, checkpoint.path
             try:
                 read = formats.read_as(name, path, known, checkpoint.key)
-                refuse_quantized(os.path.dirname(path))
+                refuse_quantized(os.path.dirname(read.files[0].path))
             except UnsupportedInput:
                 raise
             except InputError as error:

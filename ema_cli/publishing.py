@@ -113,9 +113,9 @@ def check_output(request: Request, known: str | None, *, overwrite: bool) -> Non
             return  # which gets a name with the step there
         if row.kind != "file":
             raise UsageError(
-                f"-o {shorten(output)}: each {row.title} needs a name of its own: whoever reads "
-                "one while another takes its place would read both",
-                f"put {{step}} into it: -o '{shorten(output.rstrip('/'))}-{{step}}'",
+                f"-o {shorten(output)}: expected {{step}} in it: whoever reads a {row.title} while "
+                "another takes its place would read both",
+                f"-o '{shorten(output.rstrip('/'))}-{{step}}'",
             )
     for average in request.averages:
         path = output.replace("{average}", average.label)

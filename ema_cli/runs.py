@@ -32,6 +32,7 @@ class Run:
     notes: tuple[str, ...] = ()
     searched: bool = False
     unchosen: tuple[Checkpoint, ...] = ()
+    counted: bool = False
 
     @property
     def steps(self) -> list[int]:
@@ -111,7 +112,8 @@ def _named(paths: Sequence[str], choice: Choice, known: Known) -> Run:
     if all(checkpoint.step is None for checkpoint in checkpoints):
         note = "no steps found: the given order counts, one step each"
         numbered = [dataclasses.replace(c, step=k) for k, c in enumerate(checkpoints, start=1)]
-        return Run(tuple(numbered), notes=(note,) if len(numbered) > 1 else ())
+        notes = (note,) if len(numbered) > 1 else ()
+        return Run(tuple(numbered), notes=notes, counted=True)
     return Run(tuple(checkpoints))
 
 

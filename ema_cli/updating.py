@@ -212,7 +212,7 @@ def carry_out(
             _commit(state, update, claim, made)
         except BaseException as error:
             left_to_another(error, log, restart)
-            if isinstance(error, StorageError):
+            if isinstance(error, StorageError) and not state.renaming:
                 # What the kernel holds of the slot may be lost without a word: a new one is made.
                 durable.remove(claim.path)
             raise

@@ -31,7 +31,7 @@ from ema_cli.states.store import State
 from ema_cli.tensors import Checkpoint
 from ema_cli.text import shorten
 
-SHORTEST_INTERVAL = MOMENT = 0.1
+SHORTEST_INTERVAL = 0.1
 
 T = TypeVar("T")
 
@@ -166,8 +166,8 @@ class _Watch:
     def _sleep(self, sight: Sight) -> bool:
         """Wait for the next look; returns whether to stop instead."""
         seconds = min(self._rhythm.interval, sight.soon)
-        if self._rhythm.idle_timeout is not None:
-            seconds = min(seconds, max(self._rhythm.idle_timeout - self._idle(), MOMENT))
+        left = (self._rhythm.idle_timeout or 0.0) - self._idle()
+        seconds = min(seconds, left) if left > 0 else seconds
         return self._stop.wait(seconds)
 
     def _result(self, ended: str) -> WatchResult:

@@ -13,11 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 from conformance import ROWS
 from helpers import Failing, write_run
 from interrupted import a_run, model
+from torch_views import View, ViewRun, c_strides
 
 import ema_cli
 from ema_cli import chunks, durable, engine, progress
@@ -26,6 +26,7 @@ from ema_cli.chunks import Chunks, Made
 from ema_cli.errors import StorageError
 from ema_cli.plan import Plan
 from ema_cli.progress import Log
+from ema_cli.readback import is_intact
 from ema_cli.states import sealed
 from ema_cli.tasks import Done, Task
 from ema_cli.worker import run_task
@@ -351,6 +352,32 @@ def test_any_changed_byte_is_found_when_it_is_read_back(tmp_path: Path, logged: 
         log.close()
         assert logged.contents == whole
         path.write_bytes(content)
+
+
+LAID_OUT = {
+    "c order": View("w", (90, 70), c_strides((90, 70))),
+    "transposed": View("w", (90, 70), (1, 90)),
+    "a slice": View("w", (90, 70), (301, 4), 3),
+}
+
+
+@pytest.mark.parametrize("last", LAID_OUT)
+def test_elements_that_lie_scattered_are_read_back(tmp_path: Path, last: str) -> None:
+    """Rows of one element as well: what is there is believed, and not when a byte of it changed."""
+    views = [{"w": LAID_OUT[kind]} for kind in ("c order", "transposed", last)]
+    run = ViewRun(tmp_path / "run", views)
+    plan = ema_cli.plan_run(run.folder, tmp_path / "out.pt", average=["mean"], workers=1)
+    found = carry_out(plan, lay_out(plan, tmp_path / "place"))
+    for ordinal, task in enumerate(found.tasks):
+        assert is_intact(task, found.done[ordinal])
+    place = plan.outcomes[0].layout.places["w"].extent.offset
+    with open(found.paths[0], "r+b") as out:
+        out.seek(place)
+        [byte] = out.read(1)
+        out.seek(place)
+        out.write(bytes([byte ^ 1]))
+    tasks = enumerate(found.tasks)
+    assert not all(is_intact(task, found.done[ordinal]) for ordinal, task in tasks)
 
 
 @pytest.mark.parametrize("row", ["safetensors", "torch", "tensorflow"])

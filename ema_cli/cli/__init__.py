@@ -24,11 +24,12 @@ from ema_cli.cli.plan import plan
 from ema_cli.cli.rename import rename
 from ema_cli.cli.run import run
 from ema_cli.cli.verify import verify
+from ema_cli.cli.watch import watch
 from ema_cli.errors import EmaError, StorageError, UsageError
 from ema_cli.text import printable
 
 _SECTIONS = {
-    "Average": ("plan", "run"),
+    "Average": ("plan", "run", "watch"),
     "Look": ("inspect", "map", "diff"),
     "Write": ("rename", "export"),
     "Check": ("verify",),
@@ -102,7 +103,7 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for _command in (plan, run, inspect, map_command, diff, rename, export, verify):
+for _command in (plan, run, watch, inspect, map_command, diff, rename, export, verify):
     cli.add_command(_command)
 
 

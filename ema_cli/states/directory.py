@@ -6,8 +6,14 @@ import os
 import re
 
 from ema_cli import durable
-from ema_cli.errors import InputError, OutputExists, UnsupportedInput, storage_errors
-from ema_cli.files import read_small
+from ema_cli.errors import (
+    InputError,
+    OutputExists,
+    StorageError,
+    UnsupportedInput,
+    storage_errors,
+)
+from ema_cli.files import read_at, read_small
 from ema_cli.text import shorten
 
 FORMAT, LOCK, PLAN, ROOT, LEDGER, PROGRESS, PINS = (
@@ -57,10 +63,10 @@ def is_stale(name: str, generation: int) -> bool:
 
 def is_state(path: str) -> bool:
     """Whether a directory is a state, of whatever version."""
+    where = os.path.join(path, FORMAT)
     try:
-        with open(os.path.join(path, FORMAT), "rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
-    except OSError:
+        return os.path.isfile(where) and bytes(read_at(where, 0, len(MAGIC))) == MAGIC
+    except (InputError, StorageError):
         return False
 
 
@@ -89,7 +95,7 @@ def prepare(path: str) -> None:
 def check_format(path: str, *, create: bool) -> None:
     """Raise `UnsupportedInput` for a state of another version; `create`: say which one it is."""
     where = os.path.join(path, FORMAT)
-    if not os.path.lexists(where):
+    if not durable.exists(where):
         if create:
             replace(path, FORMAT, VERSION_LINE)
             return
@@ -104,9 +110,17 @@ def check_format(path: str, *, create: bool) -> None:
 
 def replace(path: str, name: str, data: bytes, *, lasting: bool = True) -> None:
     """Give the file `name` new contents, all or nothing; `lasting`: its name is durable too."""
-    where = os.path.join(path, name)
-    temporary = where + _TEMPORARY
-    with storage_errors(where, "cannot write"):
+    staged = stage(path, name, data)
+    with storage_errors(os.path.join(path, name), "cannot write"):
+        os.rename(staged, os.path.join(path, name))
+    if lasting:
+        durable.sync_directory(path)
+
+
+def stage(path: str, name: str, data: bytes) -> str:
+    """Write what will be the file `name`, durably; returns its temporary name."""
+    temporary = os.path.join(path, name + _TEMPORARY)
+    with storage_errors(temporary, "cannot write"):
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(temporary, flags, 0o600)
         try:
@@ -114,9 +128,7 @@ def replace(path: str, name: str, data: bytes, *, lasting: bool = True) -> None:
             durable.sync(fd, temporary)
         finally:
             os.close(fd)
-        os.rename(temporary, where)
-    if lasting:
-        durable.sync_directory(path)
+    return temporary
 
 
 def remove_unfinished(path: str) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ema_cli import durable
@@ -22,6 +23,9 @@ from ema_cli.states.records import Manifest, Root, Row
 from ema_cli.states.slots import Slot
 from ema_cli.tensors import Stamp
 from ema_cli.text import shorten
+
+# How often, and how many seconds apart, a reader tries to open a state that is just committed.
+_ATTEMPTS, _PAUSE = 500, 0.01
 
 
 class Generation(NamedTuple):
@@ -66,11 +70,14 @@ class State:
     Attributes:
         path: of the directory.
         current: the generation that counts, or None before the first.
+        renaming: whether ``ROOT`` may have been replaced without our knowing: then no slot may be
+            touched before the state is opened again.
     """
 
     def __init__(self, path: str, *, lock: int = -1) -> None:
         self.path = path
         self.current: Generation | None = None
+        self.renaming = False
         self._lock = lock
         self._root: bytes = b""
         self._epoch: int | None = None
@@ -110,7 +117,7 @@ class State:
         """Read what ``ROOT`` tells of. Raises `DamagedState`."""
         self.current, self._root = None, b""
         path = self.place(places.ROOT)
-        if not os.path.lexists(path):
+        if not durable.exists(path):
             return
         self._root = sealed.contents(path, places.ROOT_LIMIT)
         root = Root.from_json(_only(self._root, path), path)
@@ -178,6 +185,7 @@ class State:
                     f"{shorten(path, 1000)}: another process writes to this state",
                     "wait for it, or stop it",
                 )
+            self._check_alone()  # or this is the slot that counts by now
             if os.fstat(fd).st_size == slot.nbytes and self._begins(fd, slot):
                 return fd
             durable.remove(path)
@@ -207,7 +215,7 @@ class State:
     def reserve(self, slot: Slot) -> None:
         """Make both slots, so that a full disk is found before any work."""
         for name in map(places.slot_name, (0, 1)):
-            if not os.path.lexists(self.place(name)):
+            if not durable.exists(self.place(name)):
                 os.close(self._made(self.place(name), slot))
 
     def commit(
@@ -223,6 +231,7 @@ class State:
         names too, before ``ROOT`` is.
         """
         durable.sync(claim.fd, claim.path)
+        self._check_alone()
         ledger = self._append(rows)
         name = places.manifest_name(manifest.generation)
         document = sealed.seal(manifest.to_json())
@@ -237,18 +246,28 @@ class State:
             crc32c(document),
             ledger,
         )
-        self._check_alone()
-        places.replace(self.path, places.ROOT, sealed.seal(root.to_json()))
-        self.load()
+        # Who reads the new ROOT finds its slot free to be read.
+        locks.lock(claim.fd, exclusive=False)
+        self._replace_root(root)
         self.clean()
 
     def record(self, rows: Sequence[Row]) -> None:
         """Add lines to the ledger without a new generation of shadows: what was missed."""
         assert self.current is not None  # noqa: S101  # there is something to miss it
-        root = self.current.root._replace(epoch=self._next_epoch(), ledger=self._append(rows))
         self._check_alone()
-        places.replace(self.path, places.ROOT, sealed.seal(root.to_json()))
+        root = self.current.root._replace(epoch=self._next_epoch(), ledger=self._append(rows))
+        self._replace_root(root)
+
+    def _replace_root(self, root: Root) -> None:
+        """Replace ``ROOT``; from the rename on nobody can tell which a power cut would leave."""
+        staged = places.stage(self.path, places.ROOT, sealed.seal(root.to_json()))
+        self._check_alone()
+        self.renaming = True
+        with storage_errors(self.place(places.ROOT), "cannot write"):
+            os.rename(staged, self.place(places.ROOT))
+        durable.sync_directory(self.path)
         self.load()
+        self.renaming = False
 
     def _next_epoch(self) -> int:
         if self._epoch is None:
@@ -274,7 +293,7 @@ class State:
     def _check_alone(self) -> None:
         """Raise `Locked` when another process may have written since the lock was taken."""
         path = self.place(places.ROOT)
-        now = sealed.contents(path, places.ROOT_LIMIT) if os.path.lexists(path) else b""
+        now = sealed.contents(path, places.ROOT_LIMIT) if durable.exists(path) else b""
         if now != self._root or not locks.is_named(self._lock, self.place(places.LOCK)):
             raise Locked(
                 f"{shorten(self.path, 1000)}: another process has written to this state, or its "
@@ -329,6 +348,8 @@ def writing(path: str) -> Iterator[State]:
         places.check_format(path, create=True)
         state = State(path, lock=lock)
         state.load()
+        if state.current is not None:
+            state.slot_stamp()
         places.remove_unfinished(path)
         state.clean()
         yield state
@@ -343,7 +364,9 @@ def reading(path: str) -> Iterator[State]:
     Raises `DamagedState`, also for a state that was never finished.
     """
     places.check_format(path, create=False)
-    for _ in range(100):
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            time.sleep(_PAUSE)
         state = State(path)
         fd = -1
         try:
@@ -379,7 +402,7 @@ def _held(state: State) -> int:
 
 
 def _root_bytes(path: str) -> bytes:
-    return sealed.contents(path, places.ROOT_LIMIT) if os.path.lexists(path) else b""
+    return sealed.contents(path, places.ROOT_LIMIT) if durable.exists(path) else b""
 
 
 def checksums_of(slot: Slot, made: Mapping[int, int]) -> tuple[int, ...]:
@@ -390,7 +413,3 @@ def checksums_of(slot: Slot, made: Mapping[int, int]) -> tuple[int, ...]:
         found[k] ^= crc
     return tuple(found)
 
-
-def missed(rows: Iterable[Row]) -> list[Row]:
-    """Return the checkpoints of a ledger that were never applied."""
-    return [row for row in rows if row.missed]
