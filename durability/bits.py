@@ -15,11 +15,16 @@ from typing import Any
 from durability import checker, points, reader, strace
 from durability.checker import Wrong
 from durability.pool import Found, Pool, Report, Wanted, gather, scratch
-from durability.scenario import BATCH, EXPORT, LAST, STATE, UPDATES, Scenario, Step, digest
+from durability.scenario import STATE, UPDATES, Scenario, Step, digest
 
+# The state whose bits are flipped holds two checkpoints: more lines in its ledger say no more.
+NEXT = UPDATES[1]
+OUT = "flipped.safetensors"
+EXPORT = Step("export", ("export", STATE, "-o", OUT), output=OUT)
 IN_SLOTS, BY_COMMAND, IN_PROGRESS = 1000, 300, 200
 GROUP = 512  # bits tried in one go
 DAMAGED = 12
+REFUSED = {DAMAGED, 14}  # a directory whose FORMAT is gone is not taken for a state
 
 
 @dataclass(frozen=True)
@@ -65,20 +70,18 @@ def _line(_: int, tags: Counter[str]) -> str:
 
 
 def _all_flips(scenario: Scenario, killed: str, wanted: Wanted) -> list[Flips]:
-    state = os.path.join(scenario.before(LAST), STATE)
+    state = os.path.join(scenario.before(NEXT), STATE)
     rng = random.Random(wanted.seed)
     scale = 10 if wanted.full else 1
-    small, slots = [], []
-    for name in _files(state):
-        bits = 8 * os.path.getsize(os.path.join(state, name))
-        if name.startswith("slot."):
-            slots += [(name, bits)]
-        else:
-            small += [(name, bits)]
+    sizes = {name: os.path.getsize(os.path.join(state, name)) for name in _files(state)}
+    slots = [(name, 8 * size) for name, size in sizes.items() if name.startswith("slot.")]
+    small = [(name, 8 * size) for name, size in sizes.items() if not name.startswith("slot.")]
+    kept = _kept(state)
     flips = [
-        Flips("read", name, first, min(GROUP, bits - first))
+        Flips("read", name, first, min(GROUP, 8 * (offset + length) - first))
         for name, bits in small
-        for first in range(0, bits, GROUP)
+        for offset, length in kept.get(name, [(0, bits // 8)])
+        for first in range(8 * offset, 8 * (offset + length), GROUP)
     ]
     for kind, where, count in (
         ("commands", slots, IN_SLOTS),
@@ -99,6 +102,16 @@ def _files(state: str) -> list[str]:
     )
 
 
+def _kept(state: str) -> dict[str, list[tuple[int, int]]]:
+    """Return the (offset, length) of what counts in the files of the last checkpoint."""
+    [name] = [name for name in os.listdir(state) if name.startswith("manifest-")]
+    with open(os.path.join(state, name), "rb") as file:
+        manifest = reader.sealed(file.read(), name)
+    folder = f"last-{manifest['generation']}"
+    files = manifest["skeleton"]["files"]
+    return {f"{folder}/{file['name']}": [tuple(p) for p in file["pieces"]] for file in files}
+
+
 def _progress(killed: str) -> list[tuple[str, int]]:
     """Return the files that an interrupted update is continued from."""
     with open(os.path.join(killed, STATE, "ROOT"), "rb") as file:
@@ -115,11 +128,15 @@ class _Bits:
         self._workspace = ""
         self._killed = os.path.join(scenario.base, "killed")
         self._read: Any = None
+        self._exported = ""
 
     def prepare(self) -> None:
         self._workspace = os.path.join(self._scenario.base, f"work-{os.getpid()}")
-        self._scenario.restore(LAST, self._workspace)
+        self._scenario.restore(NEXT, self._workspace)
         self._read = self._meaning()
+        self._scenario.must(EXPORT, self._workspace)
+        self._exported = digest(os.path.join(self._workspace, OUT))
+        self._scenario.restore(NEXT, self._workspace)
 
     def kill(self) -> str:
         """Leave an update half done, its log whole; returns where."""
@@ -140,32 +157,35 @@ class _Bits:
 
     # What a small file says
 
-    def _meaning(self) -> Any:
+    def _meaning(self, *, skeletons: bool = True) -> Any:
         """Return everything the small files of the state say, as the tool reads them."""
-        from ema_cli.states import skeleton, store
+        from ema_cli.states import directory, skeleton, store
 
-        with store.reading(os.path.join(self._workspace, STATE)) as state:
-            assert state.current is not None
-            current = state.current
-            kept = current.manifest.skeleton
-            index = None
-            if kept is not None:
-                index = skeleton.read(kept, state.skeleton_directory()).index
-            return current, None if index is None else (index.tensors, index.metadata)
+        place = os.path.join(self._workspace, STATE)
+        directory.check_format(place, create=False)
+        state = store.State(place)
+        state.load()
+        current = state.current
+        if current is None or not skeletons or current.manifest.skeleton is None:
+            return current, None
+        index = skeleton.read(current.manifest.skeleton, state.skeleton_directory()).index
+        return current, (index.tensors, index.metadata)
 
     def _flip_and_read(self, flips: Flips) -> Found:
         from ema_cli.errors import EmaError
 
         path = os.path.join(self._workspace, STATE, flips.name)
         tags = []
+        inside = "/" in flips.name
+        expected = self._read if inside else (self._read[0], None)
         with open(path, "r+b", buffering=0) as file:
             for bit in range(flips.first, flips.first + flips.count):
                 before = _flip(file, bit)
                 try:
-                    same = self._meaning() == self._read
+                    same = self._meaning(skeletons=inside) == expected
                     tags += ["read", "harmless" if same else "wrong"]
                 except EmaError as error:
-                    tags += ["read", "noticed" if error.exit_code == DAMAGED else "wrong"]
+                    tags += ["read", "noticed" if error.exit_code in REFUSED else "wrong"]
                 finally:
                     _put_back(file, bit, before)
                 if tags[-1] == "wrong":
@@ -177,33 +197,31 @@ class _Bits:
 
     def _flip_and_command(self, flips: Flips) -> Found:
         rng = random.Random(f"{flips.label}")
-        step: Step = rng.choice((EXPORT, LAST))
-        self._scenario.restore(LAST, self._workspace)
-        _remove(os.path.join(self._workspace, EXPORT.output))
+        step: Step = rng.choice((EXPORT, NEXT))
+        self._scenario.restore(NEXT, self._workspace)
         with open(os.path.join(self._workspace, STATE, flips.name), "r+b", buffering=0) as file:
             _flip(file, flips.first)
         ended = self._scenario.run(step, self._workspace)
         kind = ("slot",) if flips.name.startswith("slot.") else ("command",)
         try:
-            checker.check_error(ended, {0, DAMAGED})
+            checker.check_error(ended, {0, *REFUSED})
             if ended.code == 0:
                 self._check_same(step)
         except Wrong as error:
             return Found(flips.label, f"{step.name}: {error}", (*kind, "wrong"))
         finally:
-            self._scenario.restore(LAST, self._workspace)
+            self._scenario.restore(NEXT, self._workspace)
         return Found(flips.label, "", (*kind, "noticed" if ended.code else "harmless"))
 
     def _check_same(self, step: Step) -> None:
         if step is EXPORT:
-            found = digest(os.path.join(self._workspace, EXPORT.output))
-            if found != self._scenario.reference.outputs[EXPORT.equals]:
+            if digest(os.path.join(self._workspace, OUT)) != self._exported:
                 raise Wrong("exit 0, and other bytes")
-        elif checker.consumed(self._scenario, os.path.join(self._workspace, STATE)) != LAST.after:
+        elif checker.consumed(self._scenario, os.path.join(self._workspace, STATE)) != NEXT.after:
             raise Wrong("exit 0, and nothing was mixed in")
 
     def _flip_and_resume(self, flips: Flips) -> Found:
-        self._scenario.restore(LAST, self._workspace)  # whatever was there
+        self._scenario.restore(NEXT, self._workspace)  # whatever was there
         self._scenario.restore_from(self._killed, self._workspace)
         with open(os.path.join(self._workspace, STATE, flips.name), "r+b", buffering=0) as file:
             _flip(file, flips.first)
@@ -212,7 +230,7 @@ class _Bits:
         except Wrong as error:
             return Found(flips.label, str(error), ("progress", "wrong"))
         finally:
-            self._scenario.restore(LAST, self._workspace)
+            self._scenario.restore(NEXT, self._workspace)
         return Found(flips.label, "", ("progress", "harmless"))
 
 
@@ -225,12 +243,3 @@ def _flip(file: Any, bit: int) -> bytes:
 
 def _put_back(file: Any, bit: int, before: bytes) -> None:
     os.pwrite(file.fileno(), before, bit // 8)
-
-
-def _remove(path: str) -> None:
-    for name in (path, path + ".ema.json"):
-        if os.path.exists(name):
-            os.unlink(name)
-
-
-assert BATCH.after == LAST.before  # the state before the last step is the one after the batch

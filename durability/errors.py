@@ -13,14 +13,16 @@ from durability.checker import Wrong
 from durability.points import Point
 from durability.pool import Found, Pool, Report, Wanted, gather, scratch
 from durability.process import Ended
-from durability.scenario import ALONE, STATE, STEPS, Scenario
+from durability.scenario import ALONE, STATE, STEPS, Scenario, Step
 
-USUAL = 1600
+USUAL = 1200
 ERRORS = ("EIO", "ENOSPC", "EDQUOT", "EROFS", "EINTR")
 # Errors that reading never has would only repeat EIO.
 READING_ERRORS = ("EIO", "EINTR")
 # 3 and 10 to 15 as documented; a repeated EINTR may also be waited out.
 ALLOWED = {0, 3, 10, 11, 12, 15}
+PARTLY = 3
+CONTINUED_EVERY = 5
 SYNCS = ("fsync", "fdatasync")
 
 
@@ -57,16 +59,37 @@ def run(wanted: Wanted) -> Report:
             for step in (ALONE, *STEPS)
             for point in points.of_step(scenario, step, lambda call: True, calls)
         ]
-        faults = [
-            Fault(point, error, sticky)
-            for point in where
-            for error in (ERRORS if point.call in strace.MUTATING else READING_ERRORS)
-            for sticky in (False, True)
-        ]
-        chosen = wanted.choose(faults, lambda fault: fault.label, USUAL)
+        chosen = wanted.choose(_all(where), lambda fault: fault.label, 1 << 30)
+        if not wanted.only and not wanted.full:
+            chosen = _usual(where, wanted.points or USUAL)
         harness = _Errors(scenario)
         found = Pool(harness.inject, harness.prepare).each(chosen)
-        return gather("errors", found, lambda count, tags: _line(count, len(faults), tags))
+        return gather("errors", found, lambda count, tags: _line(count, len(_all(where)), tags))
+
+
+def _all(where: Sequence[Point]) -> list[Fault]:
+    return [
+        Fault(point, error, sticky)
+        for point in where
+        for error in (ERRORS if point.call in strace.MUTATING else READING_ERRORS)
+        for sticky in (False, True)
+    ]
+
+
+def _usual(where: Sequence[Point], count: int) -> list[Fault]:
+    """Return faults at all calls that change something, errors in turn, and at some that look."""
+    writing = [point for point in where if point.call in strace.MUTATING]
+    faults = [
+        Fault(point, ERRORS[(k + sticky) % len(ERRORS)], sticky)
+        for k, point in enumerate(writing)
+        for sticky in (False, True)
+    ]
+    others = _all([point for point in where if point.call not in strace.MUTATING])
+    for group in (faults, others):
+        most = count // 2
+        if len(group) > most:
+            group[:] = [group[k * len(group) // most] for k in range(most)]
+    return [*faults, *others]
 
 
 def _line(count: int, possible: int, tags: Counter[str]) -> str:
@@ -78,6 +101,7 @@ class _Errors:
     def __init__(self, scenario: Scenario) -> None:
         self._scenario = scenario
         self._workspace = self._log = ""
+        self._count = 0
 
     def prepare(self) -> None:
         self._workspace = os.path.join(self._scenario.base, f"work-{os.getpid()}")
@@ -104,10 +128,22 @@ class _Errors:
             if ended.code != 15:
                 raise Wrong(f"a failed {fault.point.call} and {ended.summary}")
             self._check_no_second_sync()
+        partly = ended.code == PARTLY
         if STATE in self._scenario.argv(step):
-            checker.check_state(self._scenario, step, self._workspace, ended.out)
-        checker.check_output(self._scenario, step, self._workspace, ended.out)
-        checker.check_rerun(self._scenario, step, self._workspace)
+            checker.check_state(self._scenario, step, self._workspace, ended.out, partly=partly)
+        if partly and step.output:
+            self._remove_output(step)  # it is whole, but of fewer checkpoints
+        else:
+            checker.check_output(self._scenario, step, self._workspace, ended.out)
+        self._count += 1
+        continued = self._count % CONTINUED_EVERY == 0
+        checker.check_rerun(self._scenario, step, self._workspace, continued=continued)
+
+    def _remove_output(self, step: Step) -> None:
+        path = os.path.join(self._workspace, step.output)
+        for name in (path, path + ".ema.json"):
+            if os.path.exists(name):
+                os.unlink(name)
 
     def _check_no_second_sync(self) -> None:
         """After a failed fsync the kernel may have dropped the pages: a second one proves nothing."""

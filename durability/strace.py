@@ -82,13 +82,14 @@ class Call:
     @property
     def paths(self) -> tuple[str, ...]:
         """Every path the call is about: names given, and those behind its descriptors."""
-        texts = _NAMED.findall(self.note)
+        behind, given = _NAMED.findall(self.note), []
         for arg in self.args:
             if not arg.startswith(b"AT_FDCWD"):
-                texts += _NAMED.findall(arg)
+                behind += _NAMED.findall(arg)
             if self.name not in _CARRYING:
-                texts += _STRING.findall(arg)
-        return tuple(os.fsdecode(unescape(text)) for text in texts)
+                given += _STRING.findall(arg)
+        known = [text for text in map(unescape, behind) if text.startswith(b"/")]  # no pipes
+        return tuple(os.fsdecode(text) for text in (*known, *map(unescape, given)))
 
     @property
     def mutates(self) -> bool:

@@ -85,15 +85,15 @@ def verify(
     with executor_of(executor, workers) as pool:
         summing.check_stored(output, _sums(stored, pool, workers, meter))
         summing.check_kept(output, _sums(kept, pool, workers, meter))
+        summing.unpack(output)
         if made is not None:
             reason = _compare(made, chosen, total, pool, meter)
     files.check_all_unchanged(output.files)
-    summed = not summing.is_unclaimed(output) or output.checkpoint.checksums is not None
     return Verified(
         output.path,
         len(output.files),
         output.nbytes,
-        "equal" if summed else "none",
+        "equal" if summing.is_summed(output) else "none",
         len(chosen) if reason is None else 0,
         total,
         reason,

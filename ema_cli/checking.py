@@ -47,7 +47,6 @@ class Compared(NamedTuple):
 
     blocks: int
     difference: Difference | None = None
-    flaw: None = None
 
 
 class Stretches(NamedTuple):
@@ -64,7 +63,6 @@ class Summed(NamedTuple):
 
     task: Stretches
     crcs: list[int]
-    flaw: None = None
 
 
 def checksums(task: Stretches) -> Summed:

@@ -119,7 +119,9 @@ def _claimed(path: str, document: Mapping[str, Any], key: str) -> Output:
                 f"expected {claim.nbytes:,} bytes as {shorten(where, 1000)} tells, "
                 f"found {stamps[-1].size:,}",
             )
-    checkpoint = read(path, {}, key or _recorded_key(path, document))
+    # A renamed copy is flat; what is given is the key of its source.
+    key = "" if "renamed" in document else key or _recorded_key(path, document)
+    checkpoint = read(path, {}, key)
     _check_told(checkpoint, stamps, where)
     return Output(path, checkpoint, tuple(stamps), where, document, tuple(claims))
 

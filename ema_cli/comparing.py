@@ -9,7 +9,6 @@ import secrets
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
-from typing import Any, cast
 
 import numpy as np
 
@@ -60,8 +59,7 @@ def compare(
         with _readable(made.work) as work:
             tasks = enumerate(_tasks(dataclasses.replace(made, work=work), chosen))
             limit = 2 * work.manner.workers
-            bounded = cast(Any, engine.bounded)
-            for _, done in bounded(executor, checking.compare, tasks, limit, _forget):
+            for _, done in engine.bounded(executor, checking.compare, tasks, limit, _forget):
                 difference = done.difference
                 if difference is not None:
                     break

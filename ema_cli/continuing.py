@@ -88,14 +88,13 @@ def continue_state(
     with store.writing(path) as state:
         _check_settings(state, request)
         run, new, notes = find(state, request)
-        found: list[PlanWarning] = []
+        update = updating.prepare_update(state, request, run, new) if new else None
+        described = describe(state, update) if update else None
+        found = warnings(described) if described else []
+        if strict:
+            refuse_warnings(found, run)
         read = 0
-        if new:
-            update = updating.prepare_update(state, request, run, new)
-            described = describe(state, update)
-            found = warnings(described)
-            if strict:
-                refuse_warnings(found, run)
+        if update and described:
             if request.output is not None:
                 _check_outputs(described, overwrite=overwrite)
             read = updating.carry_out(state, update, executor, on_event, restart=restart)
@@ -211,7 +210,7 @@ def _planned(state: State, request: Request) -> Plan:
 def _check_settings(state: State, request: Request) -> None:
     """Raise `OtherSettings` when a state is bound to others than those asked for."""
     if state.current is not None:
-        settings.check_same(state.current.plan, request, state.path)
+        settings.check_same(state.current.binding, request, state.path)
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,7 +244,7 @@ def export_state(
     """
     with store.reading(path) as state:
         assert state.current is not None  # noqa: S101  # or it could not be opened for reading
-        bound = settings.bound(state.current.plan, state.place(directory.PLAN))
+        bound = settings.bound(state.current.binding, state.place(directory.PLAN))
         known = [average.label for average in bound.averages]
         for label in labels:
             if label not in known:

@@ -9,19 +9,19 @@ import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import numpy as np
 
-from ema_cli import kernel, machine
+from ema_cli import kernel
 from ema_cli.errors import Disagreement, UsageError
 from ema_cli.naming import SHADOW_NAME, lowered, shadow_of, unique_name
 from ema_cli.reading import ArrayReader, Source, TensorReader, Values
 from ema_cli.schedules import debias_factor, local_step, one_minus_decay
 from ema_cli.states import shadows
+from ema_cli.states.binding import CLASS, Binding
 from ema_cli.states.own import Own, own_of
 from ema_cli.states.records import AVERAGE, BIASED, COPY, LOCAL_STEP, Held, Manifest
-from ema_cli.states.settings import BY_CLASS
+from ema_cli.states.settings import CLASS_LABEL
 from ema_cli.states.shadows import ShadowStore, SlotWriter
 from ema_cli.tensors import Checkpoint, DType, Extent, describe, numpy_dtype
 from ema_cli.text import near_misses, shorten
@@ -84,7 +84,7 @@ class ExponentialMovingAverage:
         self._zero_debias = zero_debias
         self._name = name
         directory = os.fspath(store) if store is not None else _temporary(self)
-        self._store = ShadowStore(directory, self._plan(), lasting=store is not None)
+        self._store = ShadowStore(directory, self._binding(), lasting=store is not None)
         self._updates = 0
         self._local_steps: dict[str, int] = {}
         self._specs: dict[str, tuple[DType, tuple[int, ...]]] = {}
@@ -97,24 +97,16 @@ class ExponentialMovingAverage:
         if self._store.manifest is not None:
             self._continue(self._store.manifest)
 
-    def _plan(self) -> dict[str, Any]:
+    def _binding(self) -> Binding:
         """Return what the store is bound to; functions are bound to being functions."""
-        decay = "a function" if callable(self._decay) else float(self._decay)
         given = self._num_updates
-        num_updates = "a function" if callable(given) else given
         settings = {
-            "decay": decay,
-            "num_updates": num_updates,
+            "decay": "a function" if callable(self._decay) else float(self._decay),
+            "num_updates": "a function" if callable(given) else given,
             "zero_debias": self._zero_debias,
             "name": self._name,
         }
-        return {
-            "by": BY_CLASS,
-            "tool": machine.versions(),
-            "settings": settings,
-            "averages": ["ema"],
-            "averaged": [],
-        }
+        return Binding(CLASS, settings, (CLASS_LABEL,), {})
 
     def _continue(self, manifest: Manifest) -> None:
         """Take up what an earlier object left in the store."""

@@ -169,7 +169,7 @@ EXIT_CODES: dict[int, str] = {
     0: "done",
     1: "internal error",
     2: "usage",
-    3: "done, but something that looks like a checkpoint could not be used",
+    3: "done, but something that looks like a checkpoint could not be used, or not be recomputed",
     10: "nothing to average",
     11: "locked by another process",
     12: "an input is damaged, hostile, unsupported or changed while read",

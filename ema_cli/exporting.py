@@ -38,7 +38,7 @@ def make(state: State, request: Request, average: Average) -> Plan:
     """
     current = state.current
     assert current is not None  # noqa: S101  # it is open for reading
-    ordinal = current.labels.index(average.label)
+    ordinal = current.binding.labels.index(average.label)
     request = dataclasses.replace(request, averages=(average,))
     last = _last(state)
     wishes = _possible(request.wishes, complete=current.manifest.complete)
@@ -48,7 +48,7 @@ def make(state: State, request: Request, average: Average) -> Plan:
     else:
         selection = _held_selection(state, last.index)
     run = Run(tuple(source_of(row, last.index) for row in current.applied))
-    full = settings.schedule_of(current.plan, request, average.label, current.applied)
+    full = settings.schedule_of(current.binding, request, average.label, current.applied)
     path = planning.output_path(request.output or "", average, last)
     biased = full.zero_debias and current.manifest.skeleton is not None
     layout = lay_out(path, last, selection, wishes, full.updates if biased else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
 
@@ -14,16 +15,18 @@ _DEPTH = 2
 
 
 class Files:
-    """The files of a run as they are at one moment.
+    """The files and folders of a run as they are at one moment.
+
+    Args:
+        found: size, time in ns and inode of each, by its name within the run.
+        depth: how many folders down a search looks at entries.
 
     Attributes:
-        entries: the signature of each file or folder that a search looks at.
+        entries: the signature of each entry.
     """
 
-    def __init__(
-        self, found: Mapping[str, tuple[int, int, int]], directories: frozenset[str], depth: int = 0
-    ) -> None:
-        groups: dict[str, list[tuple[str, int, int, int]]] = {name: [] for name in directories}
+    def __init__(self, found: Mapping[str, tuple[int, int, int]], depth: int = 0) -> None:
+        groups: dict[str, list[tuple[str, int, int, int]]] = {}
         for name in sorted(found):
             row = (name, *found[name])
             parts = name.split("/")
@@ -32,9 +35,8 @@ class Files:
             for key in [*own, stem] if stem else own:
                 groups.setdefault(key, []).append(row)
         self._groups = groups
-        tops = (*found, *directories)
         self.entries: Mapping[str, Signature] = {
-            name: self.under(name) for name in tops if name.count("/") <= depth
+            name: self.under(name) for name in found if name.count("/") <= depth
         }
 
     def under(self, name: str) -> Signature:
@@ -45,19 +47,21 @@ class Files:
 def list_files(root: str, depth: int, state: str) -> Files | None:
     """Return the files of a run, or None where it is not there."""
     found: dict[str, tuple[int, int, int]] = {}
-    directories: set[str] = set()
     if not os.path.isdir(root):
         return None
     for name, entry in _walk(root, "", depth + _DEPTH, os.path.realpath(state)):
-        try:
-            status = entry.stat()
-        except OSError:
-            continue  # gone meanwhile, or a link to nothing
-        if entry.is_dir():
-            directories.add(name)
-        else:
+        status = _status(entry)
+        if status is not None:
             found[name] = (status.st_size, status.st_mtime_ns, status.st_ino)
-    return Files(found, frozenset(directories), depth)
+    return Files(found, depth)
+
+
+def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """Return what a file is; of a link to nothing, what the link is."""
+    for follow in (True, False):
+        with contextlib.suppress(OSError):
+            return entry.stat(follow_symlinks=follow)
+    return None  # gone meanwhile
 
 
 def _walk(

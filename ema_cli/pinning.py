@@ -7,6 +7,7 @@ be linked (another file system, somebody else's file) it is read where it lies.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from ema_cli import durable
 from ema_cli.errors import EmaError, InputChanged, storage_errors
 from ema_cli.files import stamp_of
-from ema_cli.formats import FORMATS
+from ema_cli.formats import FORMATS, tensorflow
 from ema_cli.formats.sidefiles import side_files
 from ema_cli.states.directory import PINS
 from ema_cli.tensors import Checkpoint, Stamp
@@ -74,6 +75,16 @@ def remove_all(state: str) -> None:
     path = os.path.join(state, PINS)
     with storage_errors(path, "cannot remove"):
         durable.remove(path)
+
+
+def left(state: str) -> dict[int, str]:
+    """Return the steps that a killed process had pinned, each with what it called them."""
+    path, found = os.path.join(state, PINS), {}
+    with contextlib.suppress(OSError):
+        for step in filter(str.isdecimal, os.listdir(path)):
+            for name in sorted(os.listdir(os.path.join(path, step)))[:1]:
+                found[int(step)] = tensorflow.stem_of(name) or name
+    return found
 
 
 def _files_of(checkpoint: Checkpoint, base: str, *, folder: bool) -> Iterator[str]:

@@ -189,8 +189,12 @@ def stage(output: str, document: Mapping[str, Any]) -> str:
     lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in document.items())
     text = "{\n" + ",\n".join(lines) + "\n}\n"
     staged = durable.stage(path_for(output), text.encode("ascii"))
-    # Its name too: an output that is there without it would be nobody's.
-    durable.sync_directory(os.path.dirname(staged))
+    try:
+        # Its name too: an output that is there without it would be nobody's.
+        durable.sync_directory(os.path.dirname(staged))
+    except BaseException:
+        durable.remove(staged)
+        raise
     return staged
 
 

@@ -96,7 +96,7 @@ class Lookout:
         self._root, self._choice, self._state = root, choice, state
         self._expression = compile_step_from(choice.step_from)
         self._depth = (choice.glob or "").count("/")
-        self._files = Files({}, frozenset())
+        self._files = Files({})
         self._searched: Mapping[str, Signature] | None = None
         self._quiet = _Quiet()
         self._seen: dict[int, Candidate] = {}
@@ -125,6 +125,12 @@ class Lookout:
     def refuse(self, checkpoint: Checkpoint, reason: str) -> None:
         """Count a checkpoint as damaged for as long as its files stay what they are."""
         self._refused[checkpoint.within] = (self._files.under(checkpoint.within), reason)
+
+    def expect(self, seen: Mapping[int, str]) -> None:
+        """Miss these steps if they are gone: an earlier watch saw them under these names."""
+        for step, name in seen.items():
+            path = os.path.join(self._root, name)
+            self._seen[step] = Candidate(step, path, name, None)
 
     def unusable(self, until: int | None) -> tuple[PassedOver, ...]:
         """Return what looks like a checkpoint and could not be used, up to a step."""

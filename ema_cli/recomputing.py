@@ -102,7 +102,9 @@ def _sources(output: Output, document: Mapping[str, Any]) -> list[str]:
     beside, paths = os.path.dirname(output.path), []
     for row in _list(rows) or [None]:
         path = row.get("path") if isinstance(row, dict) else None
-        if not isinstance(path, str) or not path or "\0" in path:
+        if path == "":
+            raise NotRecomputed("it was made of values in memory, not of checkpoints")
+        if not isinstance(path, str) or "\0" in path:
             raise DamagedFile(output.provenance, "inputs: expected the paths of checkpoints")
         paths.append(_found(path, beside))
     return paths

@@ -79,6 +79,7 @@ def _inputs(plan: Plan, outcome: Outcome) -> list[dict[str, Any]]:
                 "files": [
                     {"path": s.path, "size": s.size, "mtime_ns": s.mtime_ns, "header": digest}
                     for s, digest in zip(checkpoint.files, digests, strict=True)
+                    if s.path  # else it is yet to be unpacked from the others
                 ],
             }
         )

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from ema_cli import provenance, spilling
 from ema_cli.checking import Stretches, Summed
+from ema_cli.checksums import CRC32
 from ema_cli.claims import DamagedOutput, Output
 from ema_cli.errors import DamagedFile
 from ema_cli.formats import FORMATS
@@ -93,8 +94,21 @@ def check_kept(output: Output, found: Iterable[Summed]) -> None:
             error = check_sums(checkpoint, tensor, {tensor.extent: read(checkpoint, tensor)[1]})
             if error is not None:
                 raise error
-    with spilling.readable(checkpoint, index.by_name):
-        pass  # unpacking what is compressed verifies it
+
+
+def is_summed(output: Output) -> bool:
+    """Whether all that a provenance has no checksum of has one in the checkpoint itself."""
+    checkpoint = output.checkpoint
+    zipped = FORMATS[checkpoint.index.format].checksum == CRC32
+    packed = bool(spilling.spilled(checkpoint, checkpoint.index.by_name))
+    return not is_unclaimed(output) or checkpoint.checksums is not None or (zipped and packed)
+
+
+def unpack(output: Output) -> None:
+    """Unpack what is compressed, which verifies it, unless a provenance has checksums of it."""
+    if is_unclaimed(output):
+        with spilling.readable(output.checkpoint, output.checkpoint.index.by_name):
+            pass
 
 
 def _joined(rows: Mapping[int, tuple[Stretches, list[int]]]) -> provenance.Stretches:
@@ -117,7 +131,7 @@ def _damage(
     return DamagedOutput(
         path,
         f"bytes {start:,} to {end:,} have the checksum {found:08x}, not the {expected:08x} that "
-        f"{where}" + (f"; in them lies {shown}{more}" if inside else "; no tensor lies in them"),
+        f"{where}" + (f": of {shown}{more}" if inside else ", of no tensor"),
     )
 
 

@@ -12,9 +12,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any
 
-from ema_cli import durable, engine, files, flaws, machine, provenance
+from ema_cli import durable, engine, files, flaws, provenance
 from ema_cli.blueprint import CHUNK_BYTES
 from ema_cli.engine import Progress
 from ema_cli.errors import Disagreement, StorageError
@@ -30,11 +29,12 @@ from ema_cli.runs import Run
 from ema_cli.schedules import Schedule, drop_overwritten, schedule
 from ema_cli.search import PassedOver
 from ema_cli.selection import Selection, check_agreement, check_rules_of, select
-from ema_cli.states import directory, holding, settings, skeleton, slots
+from ema_cli.states import directory, holding, skeleton, slots
+from ema_cli.states.binding import RUN, Binding, difference
 from ema_cli.states.records import AVERAGE, BIASED, Manifest, files_of, row_of
 from ema_cli.states.store import Claim, State, checksums_of
 from ema_cli.tasks import Done
-from ema_cli.tensors import DTYPES, Checkpoint, describe
+from ema_cli.tensors import Checkpoint
 from ema_cli.text import plural, shorten
 from ema_cli.verifying import Verifier
 from ema_cli.work import Work, prepare
@@ -51,7 +51,7 @@ class Update:
         run: what was found, in order.
         new: the checkpoints that are not averaged yet.
         schedules: for each average, its coefficients over all checkpoints, the new ones last.
-        plan: what the state is bound to.
+        binding: what the state is bound to.
         holding: what the slot holds.
         selection: of the last checkpoint.
         complete: whether optimizer state is held too.
@@ -62,7 +62,7 @@ class Update:
     run: Run
     new: tuple[Checkpoint, ...]
     schedules: tuple[Schedule, ...]
-    plan: Mapping[str, Any]
+    binding: Binding
     holding: holding.Holding
     selection: Selection
     complete: bool
@@ -111,48 +111,27 @@ def prepare_update(state: State, request: Request, run: Run, new: Sequence[Check
     current = state.current
     last = new[-1]
     refuse_quantized(os.path.dirname(last.files[0].path))
-    check_rules_of(request.rules, (checkpoint.index for checkpoint in new))
+    if current is None:  # a rule that matched once is right
+        check_rules_of(request.rules, (checkpoint.index for checkpoint in new))
     wishes = request.wishes
     where = f"{shorten(last.path, 1000)}: "
     selection = select(last.index, request.rules, request.statistics, wishes.name, where)
     check_agreement(selection, last, new, request.rules, request.statistics, wishes.name)
-    plan = _plan(request, selection)
-    if current is not None:
-        _check_averaged(state, plan["averaged"], last)
-        plan = {**current.plan}
+    averaged = {t.name: (t.dtype, t.shape) for t in selection.averaged}
+    labels = tuple(average.label for average in request.averages)
+    bound = Binding(RUN, tuple(setting_words(request)), labels, averaged)
+    if current is not None and (found := difference(current.binding, bound)):
+        raise Disagreement(
+            f"{shorten(last.path, 1000)}: {found}",
+            "average the checkpoints of another training in a state of their own",
+        )
     complete = current.manifest.complete if current else is_whole(wishes, last, selection)
     held = holding.hold(request, selection, complete=complete)
     rows = current.applied if current else []
     steps = [row.step or 0 for row in rows] + [c.step or 0 for c in new]
     names = [row.name for row in rows] + [c.name for c in new]
     schedules = [schedule(average, steps, names, request.like) for average in request.averages]
-    return Update(request, run, tuple(new), tuple(schedules), plan, held, selection, complete)
-
-
-def _plan(request: Request, selection: Selection) -> dict[str, Any]:
-    return {
-        "tool": machine.versions(),
-        "settings": setting_words(request),
-        "averages": [average.label for average in request.averages],
-        "averaged": [[t.name, t.dtype.name, list(t.shape)] for t in selection.averaged],
-    }
-
-
-def _check_averaged(state: State, now: Sequence[Any], last: Checkpoint) -> None:
-    """Raise `Disagreement` unless a checkpoint has the averaged tensors of the state."""
-    assert state.current is not None  # noqa: S101
-    mine = settings.averaged_of(state.current.plan, state.place(directory.PLAN))
-    found = {name: (DTYPES[dtype], tuple(shape)) for name, dtype, shape in now}
-    for name in dict.fromkeys((*mine, *found)):
-        if mine.get(name) != found.get(name):
-            expected, got = (
-                describe(*spec) if spec else "none" for spec in (mine.get(name), found.get(name))
-            )
-            raise Disagreement(
-                f"{shorten(last.path, 1000)}: tensor '{shorten(name)}': expected {expected} as in "
-                f"the state, found {got}",
-                "average the checkpoints of another training in a state of their own",
-            )
+    return Update(request, run, tuple(new), tuple(schedules), bound, held, selection, complete)
 
 
 # ---------------------------------------------------------------------------- the work
@@ -201,7 +180,7 @@ def carry_out(
     """
     slot = update.holding.slot
     if state.current is None:
-        state.begin(update.plan)
+        state.begin(update.binding)
     claim = state.claim(slot)
     try:
         state.reserve(slot)
@@ -269,7 +248,7 @@ def _commit(state: State, update: Update, claim: Claim, made: Mapping[int, int])
     told = update.told or update.new
     rows = [row_of(c, generation, values) for c, values in zip(told, mixed, strict=True)]
     files.check_all_unchanged([s for c in update.new for s in c.files if s.path])
-    state.commit(claim, manifest, update.plan, rows)
+    state.commit(claim, manifest, rows)
 
 
 def _named(files: Sequence[tuple[str, int, int, str]]) -> list[tuple[str, int, int, str]]:
@@ -284,7 +263,7 @@ def _key(state: State, update: Update) -> str:
         {
             "cuts": [engine.TASK_ELEMENTS, CHUNK_BYTES],
             "root": current.root.to_json() if current else None,
-            "plan": dict(update.plan),
+            "binding": update.binding.to_json(),
             "new": [[c.step, *[stamp[1:] for stamp in c.files], c.digests] for c in update.new],
             "coefficients": [
                 [c.hex() for c in update.coefficients(k)] for k in range(len(update.schedules))

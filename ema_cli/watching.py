@@ -15,8 +15,8 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TypeVar
 
+from ema_cli import pinning, updating
 from ema_cli import plan as planning
-from ema_cli import updating
 from ema_cli.errors import UsageError
 from ema_cli.mixing import Mixer
 from ema_cli.plan import Request
@@ -60,10 +60,11 @@ def watch_run(
     """Follow the run of `request` with the state at `path`; see `ema_cli.watch`."""
     _check(request, rhythm)
     check_output(request, None, overwrite=overwrite)
+    lookout = Lookout(request.paths[0], request.choice, path)
+    lookout.expect(pinning.left(path))  # while they are there
     with store.writing(path) as state:
         if state.current is not None:
-            settings.check_same(state.current.plan, request, path)
-        lookout = Lookout(request.paths[0], request.choice, path)
+            settings.check_same(state.current.binding, request, path)
         mixer = Mixer(state, request, executor, on_event, lookout.refuse)
         publisher = Publisher(
             state,

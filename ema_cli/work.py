@@ -65,7 +65,8 @@ class Work:
 
     def of_file(self, file: int) -> tuple[int, int]:
         """Return the checkpoint that an input file belongs to, and its ordinal there."""
-        first, k = self._firsts[bisect.bisect_right(self._firsts, (file, len(self.inputs))) - 1]
+        place = bisect.bisect_right(self._firsts, (file, len(self.checkpoints)))
+        first, k = self._firsts[place - 1]
         return k, file - first
 
     @property

@@ -77,8 +77,7 @@ class Training:
     def files(self, step: int) -> list[Path]:
         """The files of the copy, or the folder that it is; a prefix' index last."""
         path = self.kept_at(step)
-        found = [path] if path.exists() else sorted(path.parent.glob(f"{path.name}.*"))
-        return found
+        return [path] if path.exists() else sorted(path.parent.glob(f"{path.name}.*"))
 
     def save(self, *steps: int) -> None:
         """Write checkpoints elsewhere and rename them into place, as careful trainers do."""

@@ -21,7 +21,7 @@ from ema_cli.cli import cli
 
 # What only a terminal needs, and what only a program can give.
 TERMINAL = {"dry_run", "json", "quiet", "verbose", "no_color", "config", "help", "python"}
-PROGRAM = {"executor", "on_event", "dry_run"}
+PROGRAM = {"executor", "on_event", "on_report", "stop", "dry_run"}
 PAIRS: list[tuple[str, Callable[..., Any]]] = [
     ("run", ema_cli.average_run),
     ("plan", ema_cli.plan_run),
@@ -29,6 +29,8 @@ PAIRS: list[tuple[str, Callable[..., Any]]] = [
     ("diff", ema_cli.diff),
     ("rename", ema_cli.rename),
     ("inspect", ema_cli.inspect),
+    ("watch", ema_cli.watch),
+    ("verify", ema_cli.verify),
 ]
 EMPTY = inspect.Parameter.empty
 
@@ -94,7 +96,7 @@ def test_the_two_forms_of_a_run_agree(function: Callable[..., Any]) -> None:
 
 def test_every_keyword_is_documented() -> None:
     """The docstrings of the functions with many keywords explain each of them."""
-    for function in (ema_cli.average_run, ema_cli.restore_map, ema_cli.rename):
+    for function in (ema_cli.average_run, ema_cli.restore_map, ema_cli.rename, ema_cli.verify):
         text = inspect.getdoc(function) or ""
         missing = [p for p in inspect.signature(function).parameters if f"{p}:" not in text]
         assert [name for name in missing if f"{name} implies" not in text] == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,15 @@ class Counting(ThreadPoolExecutor):
         return future
 
 
+def numbered(count: int) -> Iterator[tuple[int, Any]]:
+    """Tasks that are their ordinals."""
+    return ((number, number) for number in range(count))
+
+
+def never(ordinal: int, result: Any) -> None:
+    raise AssertionError(f"task {ordinal} was late")
+
+
 @pytest.mark.parametrize("limit", [1, 2, 5])
 def test_bounded_never_exceeds_its_limit(limit: int) -> None:
     """At most `limit` tasks are unfinished at any time, and every result comes out once."""
@@ -147,8 +156,8 @@ def test_bounded_never_exceeds_its_limit(limit: int) -> None:
         return number
 
     with Counting(8) as pool:
-        found = sorted(bounded(pool, slowly, iter(range(40)), limit))  # type: ignore[type-var]
-    assert found == list(range(40))
+        found = sorted(bounded(pool, slowly, numbered(40), limit, never))
+    assert found == [(number, number) for number in range(40)]
     assert pool.most <= limit
 
 
@@ -165,7 +174,7 @@ def test_bounded_cancels_what_is_left(how: str) -> None:
         return number
 
     with Counting(1) as pool:
-        results = bounded(pool, work, iter(range(1000)), 4)
+        results = bounded(pool, work, numbered(1000), 4, lambda number, result: None)
         if how == "error":
             with pytest.raises(ValueError, match="task 1"):
                 list(results)
@@ -175,3 +184,23 @@ def test_bounded_cancels_what_is_left(how: str) -> None:
         assert all(future.done() for future in pool.futures)
         assert any(future.cancelled() for future in pool.futures)
         assert len(pool.futures) < 10
+
+
+def test_what_was_running_when_it_ended_is_told(tmp_path: Path) -> None:
+    """Tasks that were begun are waited for, and what they did is not lost; others are not begun."""
+    gate = threading.Event()
+
+    def work(number: Any) -> Any:
+        if number:
+            gate.wait(60)
+        return 10 * number
+
+    told: dict[int, int] = {}
+    with Counting(2) as pool:
+        results = bounded(pool, work, numbered(100), 8, told.__setitem__)
+        assert next(results) == (0, 0)
+        threading.Timer(0.05, gate.set).start()
+        results.close()  # type: ignore[attr-defined]
+        ran = {n for n, future in enumerate(pool.futures) if not future.cancelled()} - {0}
+    assert told == {number: 10 * number for number in ran}
+    assert 1 in told

@@ -28,7 +28,7 @@ ROWS: list[set[str]] = [
     {"states.summary", "states.shadows"},
     {"states.settings"},
     {"states.store", "states.holding"},
-    {"states.slots", "states.own"},
+    {"states.slots", "states.own", "states.binding"},
     {"asked", "running"},
     {"producing", "comparing"},
     {"flaws", "executing"},

@@ -126,7 +126,7 @@ def test_mixed_runs_unpack_only_what_they_must(tmp_path: Path) -> None:
     plan = ema_cli.plan_run(tmp_path / "run", tmp_path / "out.npz", decay=0.9, names="variable")
     averaged = ("w", "turned", "half")
     assert plan.costs.spill == sum(arrays(2)[name].nbytes for name in averaged)
-    assert [sorted(names) for names in plan.spilled] == [[], sorted(averaged), []]
+    assert [sorted(names) for names in plan.work.spilled] == [[], sorted(averaged), []]
     assert plan.outcomes[0].layout.template
     ema_cli.average_run(tmp_path / "run", tmp_path / "out.npz", decay=0.9, names="variable")
     for name in averaged:
@@ -328,8 +328,8 @@ def test_what_a_killed_run_unpacked_is_removed_by_the_next(large_run: Path, tmp_
     with unpacking(large_run, tmp_path / "out.npz") as child:
         child.kill()
         child.communicate(timeout=60)
-    left = [path.name for path in tmp_path.iterdir()]
-    assert left == [".out.npz.ema-avg.spill"]
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [".out.npz.ema-avg.spill", ".out.npz.ema-avg.tmp"]
     found = cmd("run", tmp_path, "-o", tmp_path / "else.npz", code=10)
     assert "left by an interrupted run of ema-avg" in found.err
     small = run_of(tmp_path / "small")

@@ -1,4 +1,4 @@
-"""`watch` follows a training: what is complete is averaged, in order, once, with the bits of run."""
+"""`watch` follows a training: what is complete is averaged in order, once, with the bits of run."""
 
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ def test_what_is_several_files_needs_a_step_in_its_name(
     training = Training(tmp_path, row)
     training.save(100)
     with Live(training.run, tmp_path / "state", tmp_path / output, format=format) as live:
-        with pytest.raises(ema_cli.EmaError, match="{step}") as caught:
+        with pytest.raises(ema_cli.EmaError, match=r"\{step\}") as caught:
             live.end()
         assert caught.value.exit_code == 2
     assert live.steps() == []

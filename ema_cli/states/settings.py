@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
-import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,13 +14,12 @@ from ema_cli.invocation import setting_words
 from ema_cli.layout import Wishes
 from ema_cli.plan import Request
 from ema_cli.schedules import Schedule, schedule
-from ema_cli.states import directory
+from ema_cli.states.binding import CLASS, Binding
 from ema_cli.states.records import Fields, Row
-from ema_cli.tensors import DTYPES, DType
 from ema_cli.text import command, shorten
 
-# Who made a state, in its plan, where it was `ExponentialMovingAverage`.
-BY_CLASS = "class"
+# The one average of `ExponentialMovingAverage`.
+CLASS_LABEL = "ema"
 _SELECT = ("--include", "--exclude")
 _FLAGS = ("--zero-debias",)
 
@@ -60,20 +57,23 @@ def check_possible(request: Request) -> None:
             )
 
 
-def check_same(plan: Mapping[str, Any], request: Request, path: str) -> None:
+def check_same(binding: Binding, request: Request, path: str) -> None:
     """Raise `OtherSettings` unless `request` asks for what the state at `path` is bound to."""
-    if plan.get("by") == BY_CLASS:
+    words = binding.settings
+    if not isinstance(words, tuple):
         raise OtherSettings(
             f"{shorten(path, 1000)}: made by ExponentialMovingAverage, which alone continues it",
             "give the run a state of its own: --state DIR",
         )
-    words = words_of(plan, os.path.join(path, directory.PLAN))
-    mine, asked = _grouped(words), _grouped(setting_words(request))
+    wanted = setting_words(request)
+    mine, given = _grouped(words), _grouped(wanted)
     differences = [
-        f"{option}: the state has {mine.get(option, 'none')}, asked for {asked.get(option, 'none')}"
-        for option in dict.fromkeys((*mine, *asked))
-        if mine.get(option) != asked.get(option)
+        f"{option}: the state has {mine.get(option, 'none')}, asked for {given.get(option, 'none')}"
+        for option in dict.fromkeys((*mine, *given))
+        if mine.get(option) != given.get(option)
     ]
+    if not differences and list(words) != wanted:  # values that look like options
+        differences = [f"the state has {command(*words)}, asked for {command(*wanted)}"]
     if differences:
         raise OtherSettings(
             f"{shorten(path, 1000)}: the state belongs to other settings: "
@@ -97,38 +97,35 @@ def _grouped(words: Sequence[str]) -> dict[str, str]:
     return {option: " ".join(values) for option, values in grouped.items()}
 
 
-def words_of(plan: Mapping[str, Any], where: str) -> list[str]:
-    """Return the options a state is bound to, from its plan."""
-    words = plan.get("settings")
-    if not isinstance(words, list) or not all(type(word) is str for word in words):
-        raise DamagedState(where, "expected the settings of `ema-avg run`")
-    return words
+def bound(binding: Binding, where: str) -> Request:
+    """Return the request that a state answers, from its binding in the file `where`."""
+    if isinstance(binding.settings, tuple):
+        request = request_of(binding.settings, where)
+    else:
+        request = _of_class(binding.settings, where)
+    if [average.label for average in request.averages] != list(binding.labels):
+        raise DamagedState(where, "expected the averages of its settings")
+    return request
 
 
-def bound(plan: Mapping[str, Any], where: str) -> Request:
-    """Return the request that a state answers, from its plan in the file `where`."""
-    if plan.get("by") != BY_CLASS:
-        return request_of(words_of(plan, where), where)
-    take = Fields(plan.get("settings"), where)
+def _of_class(settings: Mapping[str, Any], where: str) -> Request:
+    take = Fields(settings, where)
     decay, zero_debias, name = take.any("decay"), take.any("zero_debias"), take.text("name")
     if not isinstance(decay, float):  # a function's: the ledger has its values
         decay = math.nan
-    spec = f"ema:{decay:g}" if decay == decay else "ema"
-    average = Average("ema", spec, Ema(decay), zero_debias=bool(zero_debias))
-    return Request(
-        (), None, (average,), statistics="copy", shadow_dtype="same", wishes=Wishes(name=name)
-    )
+    spec = "ema" if math.isnan(decay) else f"ema:{decay:g}"
+    average = Average(CLASS_LABEL, spec, Ema(decay), zero_debias=bool(zero_debias))
+    wishes = Wishes(name=name)
+    return Request((), None, (average,), statistics="copy", shadow_dtype="same", wishes=wishes)
 
 
-def schedule_of(
-    plan: Mapping[str, Any], request: Request, label: str, rows: Sequence[Row]
-) -> Schedule:
+def schedule_of(binding: Binding, request: Request, label: str, rows: Sequence[Row]) -> Schedule:
     """Return the coefficients of an average over the applied checkpoints of a ledger.
 
     The class chooses them as it goes; those of a run follow from its settings.
     """
     average = next(a for a in request.averages if a.label == label)
-    if plan.get("by") == BY_CLASS:
+    if binding.by == CLASS:
         coefficients = tuple(row.coefficients[0] if row.coefficients else 0.0 for row in rows)
         return Schedule(coefficients, average.zero_debias, len(rows), len(rows) - 1)
     steps, names = [row.step or 0 for row in rows], [row.name for row in rows]
@@ -154,19 +151,8 @@ def request_of(words: Sequence[str], where: str) -> Request:
             raise UsageError("weights")
         made = asked.request(**given)
         check_possible(made)
-    except (StopIteration, TypeError, EmaError) as error:
+    except (StopIteration, TypeError, ValueError, EmaError) as error:
         raise DamagedState(where, "expected the settings of `ema-avg run`") from error
     if setting_words(made) != list(words):
         raise DamagedState(where, "expected settings that mean what they say")
     return made
-
-
-def averaged_of(plan: Mapping[str, Any], where: str) -> dict[str, tuple[DType, tuple[int, ...]]]:
-    """Return the dtype and shape of each averaged tensor, from the plan of a state."""
-    try:
-        return {
-            name: (DTYPES[dtype], tuple(map(operator.index, shape)))
-            for name, dtype, shape in plan["averaged"]
-        }
-    except (LookupError, TypeError, ValueError) as error:
-        raise DamagedState(where, "expected the averaged tensors") from error

@@ -22,8 +22,8 @@ from ema_cli.errors import OtherSettings
 from ema_cli.files import stamp_of
 from ema_cli.kernel import Array
 from ema_cli.states import slots, store
+from ema_cli.states.binding import CLASS, Binding
 from ema_cli.states.records import Held, Manifest, Row
-from ema_cli.states.settings import BY_CLASS
 from ema_cli.states.slots import Slot
 from ema_cli.states.store import Claim, State
 from ema_cli.tensors import Checkpoint, numpy_dtype
@@ -35,7 +35,7 @@ class ShadowStore:
 
     Args:
         directory: of the state, which is continued or begun.
-        plan: what it is bound to.
+        binding: what it is bound to.
         lasting: whether a generation survives a power cut; not where the directory is temporary.
 
     Attributes:
@@ -47,31 +47,31 @@ class ShadowStore:
         Locked, DamagedState: it cannot be opened.
     """
 
-    def __init__(self, directory: str, plan: Mapping[str, Any], *, lasting: bool = True) -> None:
+    def __init__(self, directory: str, binding: Binding, *, lasting: bool = True) -> None:
         stack = contextlib.ExitStack()
         weakref.finalize(self, stack.close)
         self.state: State = stack.enter_context(store.writing(directory))
         self.close = stack.close
-        self._plan = dict(plan)
+        self._binding = binding
         self._lasting = lasting
         self._current: Checkpoint | None = None
         self._manifest: Manifest | None = None
         self._number = -1
         self._slot: Slot | None = None
         if self.state.current is not None:
-            self._check_same(self.state.current.plan)
+            self._check_same(self.state.current.binding)
             self._take(self.state.current.manifest, self.state.current.root.slot)
         elif lasting:
-            self.state.begin(self._plan)
+            self.state.begin(binding)
 
-    def _check_same(self, found: Mapping[str, Any]) -> None:
+    def _check_same(self, found: Binding) -> None:
         where = shorten(self.state.path, 1000)
-        if found.get("by") != BY_CLASS:
+        if found.by != CLASS:
             raise OtherSettings(
                 f"{where}: made by ema-avg run, not by ExponentialMovingAverage",
                 "give the class a directory of its own",
             )
-        mine, asked = found.get("settings"), self._plan["settings"]
+        mine, asked = found.settings, self._binding.settings
         if mine != asked:
             raise OtherSettings(
                 f"{where}: the state belongs to other settings: {mine}, asked for {asked}",
@@ -105,7 +105,7 @@ class ShadowStore:
         held = writer.slot.held
         manifest = Manifest(row.generation, held, sums, None, True, own)
         if self._lasting:
-            self.state.commit(writer.claim, manifest, self._plan, [row])
+            self.state.commit(writer.claim, manifest, [row])
         self._take(manifest, writer.claim.number)
 
     def read(self, name: str) -> Array:

@@ -19,6 +19,7 @@ from ema_cli.errors import DamagedState, EmaError, Locked, StorageError, storage
 from ema_cli.files import stamp_of
 from ema_cli.states import directory as places
 from ema_cli.states import locks, sealed, slots
+from ema_cli.states.binding import Binding
 from ema_cli.states.records import Manifest, Root, Row
 from ema_cli.states.slots import Slot
 from ema_cli.tensors import Stamp
@@ -33,22 +34,17 @@ class Generation(NamedTuple):
 
     Attributes:
         root: decides the rest.
-        plan: settings and what is averaged, as the one who averages wrote them.
+        binding: what the state is bound to.
         manifest: of the slot.
         rows: the ledger.
         slot: where the tensors lie in the slot.
     """
 
     root: Root
-    plan: Mapping[str, Any]
+    binding: Binding
     manifest: Manifest
     rows: tuple[Row, ...]
     slot: Slot
-
-    @property
-    def labels(self) -> list[str]:
-        """The labels of the averages, in the order in which the slot has them."""
-        return [str(label) for label in self.plan.get("averages", ())]
 
     @property
     def applied(self) -> list[Row]:
@@ -81,6 +77,7 @@ class State:
         self._lock = lock
         self._root: bytes = b""
         self._epoch: int | None = None
+        self._binding = 0  # the CRC-32C of its file
 
     def place(self, name: str) -> str:
         """Return the path of a file of the state."""
@@ -121,7 +118,7 @@ class State:
             return
         self._root = sealed.contents(path, places.ROOT_LIMIT)
         root = Root.from_json(_only(self._root, path), path)
-        plan = self._sealed(places.PLAN, root.plan)
+        binding = self._sealed(places.PLAN, root.plan)
         name = places.manifest_name(root.generation)
         manifest = Manifest.from_json(self._sealed(name, root.manifest), self.place(name))
         if manifest.generation != root.generation:
@@ -129,9 +126,14 @@ class State:
         slot = slots.lay_out(manifest.held)
         if len(manifest.checksums) != len(slots.chunk_ends(slot.nbytes)):
             raise DamagedState(self.place(name), "expected one checksum for each chunk")
-        if not isinstance(plan, dict):
-            raise DamagedState(self.place(places.PLAN), "expected a JSON object")
-        self.current = Generation(root, plan, manifest, self._ledger(root), slot)
+        self.current = Generation(
+            root,
+            Binding.from_json(binding, self.place(places.PLAN)),
+            manifest,
+            self._ledger(root),
+            slot,
+        )
+        self._binding = root.plan
 
     def _sealed(self, name: str, crc: int) -> Any:
         path = self.place(name)
@@ -149,9 +151,11 @@ class State:
 
     # ------------------------------------------------------------------ writing
 
-    def begin(self, plan: Mapping[str, Any]) -> None:
+    def begin(self, binding: Binding) -> None:
         """Write down what is averaged, before the first generation."""
-        places.replace(self.path, places.PLAN, sealed.seal(plan))
+        data = sealed.seal(binding.to_json())
+        places.replace(self.path, places.PLAN, data)
+        self._binding = crc32c(data)
 
     def claim(self, slot: Slot, taken: int | None = None) -> Claim:
         """Return a slot that nobody reads, of the right size and with its head written.
@@ -222,7 +226,6 @@ class State:
         self,
         claim: Claim,
         manifest: Manifest,
-        plan: Mapping[str, Any],
         rows: Sequence[Row],
     ) -> None:
         """Make the generation count that was written to a slot; it does once this returns.
@@ -242,7 +245,7 @@ class State:
             self._next_epoch(),
             manifest.generation,
             claim.number,
-            crc32c(sealed.seal(plan)),
+            self._binding,
             crc32c(document),
             ledger,
         )
@@ -412,4 +415,3 @@ def checksums_of(slot: Slot, made: Mapping[int, int]) -> tuple[int, ...]:
     for k, crc in slots.head_sums(slot.head, ends):
         found[k] ^= crc
     return tuple(found)
-

@@ -63,18 +63,16 @@ def _summary(state: State) -> StateSummary:
     current = state.current
     assert current is not None  # noqa: S101  # or it could not be opened for reading
     where = state.place(directory.PLAN)
-    request = settings.bound(current.plan, where)
-    if [average.label for average in request.averages] != current.labels:
-        raise DamagedState(where, "expected the averages of its settings")
-    words = current.plan["settings"]
-    if isinstance(words, dict):  # the arguments of the class
-        words = [f"{name}={value}" for name, value in words.items()]
+    request = settings.bound(current.binding, where)
+    words = current.binding.settings
+    if not isinstance(words, tuple):  # the arguments of the class
+        words = tuple(f"{name}={value}" for name, value in words.items())
     return StateSummary(
         state.path,
         current.root.generation,
         current.applied[-1].step if current.applied else None,
         current.rows,
-        tuple(words),
+        words,
         request.averages,
         _weights(state, request),
         len(current.slot.held),
@@ -104,7 +102,7 @@ def _weights(state: State, request: Request) -> tuple[tuple[float, ...], ...]:
         raise DamagedState(where, "expected steps that increase")
     weights = []
     for k, average in enumerate(request.averages):
-        full = settings.schedule_of(current.plan, request, average.label, rows)
+        full = settings.schedule_of(current.binding, request, average.label, rows)
         told = [row.coefficients[k] if k < len(row.coefficients) else None for row in rows]
         # What a later checkpoint overwrites was a coefficient when it was applied.
         start = next((n for n, c in enumerate(full.coefficients) if c), 0)

@@ -135,7 +135,9 @@ def documents(state: Path, name: str) -> list[Any]:
 
 def sealed(found: Any) -> bytes:
     """Return a document as a line with its checksum; what is bytes already is no document."""
-    text = found if isinstance(found, bytes) else json.dumps(found).encode("ascii")
+    text = found
+    if not isinstance(found, bytes):
+        text = json.dumps(found, separators=(",", ":")).encode("ascii")
     return b"%08x %s\n" % (crc32c(text), text)
 
 
