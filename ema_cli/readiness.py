@@ -19,6 +19,7 @@ from ema_cli.formats import folders, tensorflow
 from ema_cli.listing import Files, Signature, list_files
 from ema_cli.runs import Run
 from ema_cli.search import NUMBERED_FOLDER, Choice, PassedOver, search
+from ema_cli.states.directory import is_state
 from ema_cli.steps import compile_step_from, step_from_name
 from ema_cli.tensors import Checkpoint
 from ema_cli.text import shorten
@@ -270,7 +271,8 @@ def _may_come(path: str) -> bool:
     """Whether what is no checkpoint may become one: a numbered folder, or data without index."""
     name = os.path.basename(path)
     if os.path.isdir(path):
-        return NUMBERED_FOLDER.search(name) is not None and not folders.is_checkpoint(path)
+        numbered = NUMBERED_FOLDER.search(name) is not None
+        return numbered and not folders.is_checkpoint(path) and not is_state(path)
     stem = tensorflow.stem_of(path)
     data = stem is not None and not name.endswith((tensorflow.SUFFIX, tensorflow.META_SUFFIX))
     return data and not os.path.lexists(f"{stem}{tensorflow.SUFFIX}")

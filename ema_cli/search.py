@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import re
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 from ema_cli import formats, provenance
 from ema_cli.durable import is_temporary
-from ema_cli.errors import InputError
+from ema_cli.errors import InputError, StorageError
 from ema_cli.formats import Known, folders, foreign, tensorflow
 from ema_cli.states.directory import is_state
 from ema_cli.steps import (
@@ -25,6 +26,8 @@ from ema_cli.tensors import Checkpoint
 from ema_cli.text import plural, shorten
 
 _ALIAS = re.compile(r"(?:last|latest|best|final|current|newest)(?:[._-]|$)", re.IGNORECASE)
+# What the next look may not meet any more, and says nothing about an entry.
+_PASSING = (errno.EIO, errno.EINTR, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 _TEMPORARY = re.compile(
     r"(?:^|[._-])(?:tmp|temp|partial|incomplete)(?:[._-]|$)|\.part$|\.tempstate\d*$|~$|^tmp",
     re.IGNORECASE,
@@ -185,6 +188,8 @@ def _reason_by_identity(path: str, there: str, seen: set[tuple[int, int]]) -> Pa
     try:
         status = os.stat(there)
     except OSError as error:
+        if error.errno in _PASSING:
+            raise StorageError(f"{shorten(path, 1000)}: {os.strerror(error.errno)}") from error
         return PassedOver(path, os.strerror(error.errno or 0), unusable=_promising(path))
     identity = (status.st_dev, status.st_ino)
     if identity in seen:

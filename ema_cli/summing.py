@@ -40,7 +40,7 @@ def check_stored(output: Output, found: Iterable[Summed]) -> None:
         start, end = one.task.ends
         expected = output.claims[one.task.file].crcs[start // provenance.CHECKSUM_BYTES]
         if one.crcs != [expected]:
-            where = f"{shorten(output.provenance, 1000)} tells"
+            where = f"as {shorten(output.provenance, 1000)} tells"
             raise _damage(output, one.task.path, (start, end), (expected, one.crcs[0]), where)
     document = output.document
     if document is not None:
@@ -87,7 +87,7 @@ def check_kept(output: Output, found: Iterable[Summed]) -> None:
         expected = int(checkpoint.checksums[index.ordinals[extent]])
         if crc != expected:
             path = checkpoint.files[extent.file].path
-            raise _damage(output, path, (start, end), (expected, crc), "it keeps itself")
+            raise _damage(output, path, (start, end), (expected, crc), "as it keeps itself")
     read = FORMATS[index.format].opaque_checksums
     for tensor in index.tensors:
         if read is not None and not tensor.dtype.bits and tensor.extent.nbytes:
@@ -130,8 +130,8 @@ def _damage(
     more = f" and {len(inside) - _SHOWN:,} more" if len(inside) > _SHOWN else ""
     return DamagedOutput(
         path,
-        f"bytes {start:,} to {end:,} have the checksum {found:08x}, not the {expected:08x} that "
-        f"{where}" + (f": of {shown}{more}" if inside else ", of no tensor"),
+        f"bytes {start:,} to {end:,}: expected checksum {expected:08x} {where}, found {found:08x}"
+        + (f", in the bytes of {shown}{more}" if inside else ", in the bytes of no tensor"),
     )
 
 

@@ -31,8 +31,9 @@ from ema_cli.search import PassedOver
 from ema_cli.selection import Selection, check_agreement, check_rules_of, select
 from ema_cli.states import directory, holding, skeleton, slots
 from ema_cli.states.binding import RUN, Binding, difference
-from ema_cli.states.records import AVERAGE, BIASED, Manifest, files_of, row_of
+from ema_cli.states.records import AVERAGE, BIASED, Manifest, Row, files_of, row_of
 from ema_cli.states.store import Claim, State, checksums_of
+from ema_cli.steps import step_from_name
 from ema_cli.tasks import Done
 from ema_cli.tensors import Checkpoint
 from ema_cli.text import plural, shorten
@@ -55,6 +56,7 @@ class Update:
         holding: what the slot holds.
         selection: of the last checkpoint.
         complete: whether optimizer state is held too.
+        missed: entries that cannot be used, of steps before the last new one.
         told: the new checkpoints as the user calls them, where they are read from elsewhere.
     """
 
@@ -66,6 +68,7 @@ class Update:
     holding: holding.Holding
     selection: Selection
     complete: bool
+    missed: tuple[tuple[int, PassedOver], ...] = ()
     told: tuple[Checkpoint, ...] = ()
 
     def coefficients(self, average: int) -> tuple[float, ...]:
@@ -92,15 +95,32 @@ def news(state: State, run: Run) -> News:
         row = rows.get(checkpoint.step)
         if checkpoint in new or last is None:
             continue
-        if row is None:
+        if row is None or row.missed:
             reason = f"not newer than step {last:,}, the last one in the state"
+            reason += f"; missed then: {row.missed}" if row else ""
             late.append(PassedOver(checkpoint.path, reason))
-        elif not row.missed and _named(row.files) != _named(files_of(checkpoint)):
+        elif _named(row.files) != _named(files_of(checkpoint)):
             notes.append(
                 f"{shorten(checkpoint.path, 1000)}: step {checkpoint.step:,} is averaged already, "
                 "but was another file then: has the training begun anew?"
             )
     return News(tuple(new), tuple(late), tuple(notes))
+
+
+def missed(state: State, run: Run, new: Sequence[Checkpoint]) -> list[tuple[int, PassedOver]]:
+    """Return what cannot be used, with its step: it could not come in after the `new` ones.
+
+    Only a name can tell the step of what cannot be read.
+    """
+    known = {row.step for row in state.current.rows} if state.current else set()
+    known |= {checkpoint.step for checkpoint in run.checkpoints}
+    first = max((row.step or 0 for row in state.current.rows), default=-1) if state.current else -1
+    found = []
+    for entry in run.passed_over:
+        step = step_from_name(os.path.basename(entry.path)) if entry.unusable else None
+        if step is not None and step not in known and first < step < (new[-1].step or 0):
+            found.append((step, entry))
+    return sorted(found)
 
 
 def prepare_update(state: State, request: Request, run: Run, new: Sequence[Checkpoint]) -> Update:
@@ -131,7 +151,10 @@ def prepare_update(state: State, request: Request, run: Run, new: Sequence[Check
     steps = [row.step or 0 for row in rows] + [c.step or 0 for c in new]
     names = [row.name for row in rows] + [c.name for c in new]
     schedules = [schedule(average, steps, names, request.like) for average in request.averages]
-    return Update(request, run, tuple(new), tuple(schedules), bound, held, selection, complete)
+    gone = tuple(missed(state, run, new))
+    return Update(
+        request, run, tuple(new), tuple(schedules), bound, held, selection, complete, gone
+    )
 
 
 # ---------------------------------------------------------------------------- the work
@@ -247,6 +270,10 @@ def _commit(state: State, update: Update, claim: Claim, made: Mapping[int, int])
     mixed = zip(*map(update.coefficients, range(len(update.schedules))), strict=True)
     told = update.told or update.new
     rows = [row_of(c, generation, values) for c, values in zip(told, mixed, strict=True)]
+    rows += [
+        Row(step, os.path.basename(entry.path), entry.path, (), (), entry.reason, generation)
+        for step, entry in update.missed
+    ]
     files.check_all_unchanged([s for c in update.new for s in c.files if s.path])
     state.commit(claim, manifest, rows)
 

@@ -1,4 +1,4 @@
-"""Outputs that lie: their bytes were changed, and their provenance was made to agree."""
+"""Outputs of every format, and outputs that lie: bytes were changed, provenance made to agree."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from conformance import CASES, make_run
+from helpers import cmd
 
 from ema_cli import provenance
 from ema_cli.checksums import crc32c
@@ -65,3 +68,30 @@ def flipped(path: Path, offset: int, bit: int = 0) -> Iterator[None]:
         yield
     finally:
         path.write_bytes(raw)
+
+
+# ---------------------------------------------------------------------------- making
+
+WISHES = {
+    "template": ["--names", "variable"],
+    "fresh": ["--names", "shadow", "--keep-variables"],
+    "debiased": ["--names", "shadow", "--zero-debias"],
+    "widened": ["--names", "variable", "--dtype", "float64", "--rule", "^", "m/"],
+}
+
+
+def source(row: str, folder: Path) -> Path:
+    """A run of a format, made of checkpoints that tell nothing of where they came from."""
+    folder.mkdir()
+    for path in make_run(row, folder):
+        provenance_of(path).unlink(missing_ok=True)
+    return folder
+
+
+def output(row: str, folder: Path, *words: str) -> Path:
+    """An output in a format, of three checkpoints in it beside it."""
+    folder.mkdir(exist_ok=True)
+    run = source(row, folder / "run")
+    out = folder / CASES[row].called.format(9)
+    cmd("run", run, "-o", out, "--format", row, "--decay", "0.5", *words)
+    return out

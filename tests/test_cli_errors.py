@@ -25,7 +25,7 @@ from ema_cli.errors import EXIT_CODES, EmaError
 COMMANDS = sorted(cli.commands)
 CLASSES = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, EmaError)]
 # 16 is reserved for durable states.
-CONTRACT = {0, 1, 2, 3, 10, 11, 12, 13, 14, 15, 17, 130, 143}
+CONTRACT = {0, 1, 2, 3, 10, 11, 12, 13, 14, 15, 16, 17, 130, 143}
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_the_bare_command_shows_the_groups() -> None:
     outcome = cmd()
     assert outcome.err == ""
     headings = re.findall(r"^(\w+):$", outcome.out, re.MULTILINE)
-    assert [h for h in headings if h != "Options"] == ["Average", "Look", "Write"]
+    assert [h for h in headings if h != "Options"] == ["Average", "Look", "Write", "Check"]
     for name in COMMANDS:
         assert re.search(rf"^  {name} ", outcome.out, re.MULTILINE)
 

@@ -19,6 +19,7 @@ from ema_cli.listing import list_files
 from ema_cli.publishing import is_due
 from ema_cli.readiness import GRACE_SECONDS, NEVER, QUIET_SECONDS, Lookout, Sight
 from ema_cli.search import Choice
+from ema_cli.states import store
 from ema_cli.states.records import Row
 
 W = {"w": np.float32([1])}
@@ -393,6 +394,14 @@ def test_the_state_is_not_listed(run: Run, tmp_path: Path) -> None:
     assert files is not None
     assert files.entries.keys() == {"other"}
     assert list_files(str(tmp_path / "nowhere"), 0, str(state)) is None
+
+
+def test_a_state_with_a_number_is_no_folder_to_wait_for(run: Run) -> None:
+    """Whoever's it is."""
+    run.steps(300, ago=100)
+    with store.writing(str(run.path / "step-200")):
+        run.look()
+        assert run.ready(2.0) == [300]
 
 
 def test_an_expression_that_is_none_is_refused_at_once(tmp_path: Path, clock: Clock) -> None:

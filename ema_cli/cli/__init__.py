@@ -194,7 +194,9 @@ def _as_ema_error(error: Exception) -> EmaError:
         hint = f"see {context.command_path} --help" if context else ""
         return UsageError(printable(error.format_message()), hint)
     if isinstance(error, OSError):
-        named = printable(os.fsdecode(error.filename)) if error.filename else "standard output"
+        name = error.filename  # a number where a descriptor was listed
+        named = printable(os.fsdecode(name)) if isinstance(name, str | bytes) else ""
+        named = named or ("standard output" if name is None else "a directory")
         where = f"{named}: "
         return StorageError(f"{where}{os.strerror(error.errno or 0)}")
     if isinstance(error, MemoryError):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 
 from ema_cli import durable
 from ema_cli.errors import (
+    DamagedState,
     InputError,
     OutputExists,
-    StorageError,
     UnsupportedInput,
     storage_errors,
 )
@@ -29,6 +31,16 @@ MAGIC = b"ema-avg state "
 VERSION_LINE = MAGIC + b"1\n"
 ROOT_LIMIT = 4096
 _TEMPORARY = ".tmp"
+# What says that nothing of that name can be a file.
+_NOT_THERE = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.EINVAL,
+)
 _SLOT = re.compile(r"slot\.(\d{1,9})")
 _GENERATION = re.compile(r"(?:manifest|last)-(\d{1,18})")
 
@@ -62,11 +74,19 @@ def is_stale(name: str, generation: int) -> bool:
 
 
 def is_state(path: str) -> bool:
-    """Whether a directory is a state, of whatever version."""
+    """Whether a directory is a state, of whatever version. Raises `StorageError`."""
     where = os.path.join(path, FORMAT)
+    with storage_errors(where, "cannot look for it"):
+        try:
+            if not stat.S_ISREG(os.stat(where).st_mode):
+                return False
+        except OSError as error:
+            if error.errno in _NOT_THERE:
+                return False
+            raise
     try:
-        return os.path.isfile(where) and bytes(read_at(where, 0, len(MAGIC))) == MAGIC
-    except (InputError, StorageError):
+        return bytes(read_at(where, 0, len(MAGIC))) == MAGIC
+    except InputError:  # shorter, or not to be read
         return False
 
 
@@ -77,14 +97,18 @@ def prepare(path: str) -> None:
         try:
             os.mkdir(path, 0o700)
         except FileExistsError:
-            if not os.path.isdir(path):
+            if not stat.S_ISDIR(os.stat(path).st_mode):
                 raise OutputExists(
                     f"{shorten(path, 1000)}: expected a directory for the state, found a file"
                 ) from None
         else:
             durable.sync_directory(os.path.dirname(os.path.abspath(path)))
-    ours = {FORMAT, FORMAT + _TEMPORARY, LOCK}
-    if not is_state(path) and (foreign := sorted(set(os.listdir(path)) - ours)):
+        found = set(os.listdir(path))
+    if is_state(path):
+        return
+    if ROOT in found and FORMAT in found:
+        raise DamagedState(os.path.join(path, FORMAT), f"expected {VERSION_LINE!r}")
+    if foreign := sorted(found - {FORMAT, FORMAT + _TEMPORARY, LOCK}):
         raise OutputExists(
             f"{shorten(path, 1000)}: expected a state or an empty directory, found "
             f"'{shorten(foreign[0])}'",

@@ -9,8 +9,9 @@ import contextlib
 import errno
 import fcntl
 import os
+from collections.abc import Iterator
 
-from ema_cli.errors import Locked, storage_errors
+from ema_cli.errors import Locked, StorageError, storage_errors
 from ema_cli.files import read_small
 from ema_cli.text import printable, shorten
 
@@ -24,7 +25,7 @@ def acquire(path: str) -> int:
     Raises `Locked` when another process holds it. It is never deleted; where somebody else did
     that between our opening and locking it, the new one is locked.
     """
-    with storage_errors(path, "cannot lock"):
+    with _storage_errors(path):
         while True:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | _FLAGS, 0o600)
             try:
@@ -44,6 +45,22 @@ def acquire(path: str) -> int:
             os.close(fd)
 
 
+@contextlib.contextmanager
+def _storage_errors(path: str) -> Iterator[None]:
+    try:
+        with storage_errors(path, "cannot lock"):
+            yield
+    except StorageError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno in _NO_LOCKS:
+            raise StorageError(
+                f"{shorten(path, 1000)}: this file system has no locks, and two writers would "
+                "destroy a state",
+                "put the state on a local disk",
+            ) from cause
+        raise
+
+
 def _holder(path: str) -> str:
     with contextlib.suppress(Exception):
         text = read_small(path, 100).decode("ascii").strip()
@@ -52,16 +69,16 @@ def _holder(path: str) -> str:
 
 
 def lock(fd: int, *, exclusive: bool) -> bool:
-    """Lock an open file; False when that is not possible now.
+    """Lock an open file; False when somebody else holds a lock that forbids it.
 
-    A file system without locks counts as locked: the commit still notices a second writer.
+    Nothing is written where the file system has no locks; reading does without.
     """
     try:
         fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
+        if exclusive or error.errno not in _NO_LOCKS:
             raise
     return True
 

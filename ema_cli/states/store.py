@@ -233,6 +233,15 @@ class State:
         The order of the barriers is the promise: everything that ``ROOT`` will tell of is durable,
         names too, before ``ROOT`` is.
         """
+        try:
+            self._commit(claim, manifest, rows)
+        except StorageError:
+            if not self.renaming:
+                self._check_alone()  # what went wrong may have been another process
+            raise
+        self.clean()
+
+    def _commit(self, claim: Claim, manifest: Manifest, rows: Sequence[Row]) -> None:
         durable.sync(claim.fd, claim.path)
         self._check_alone()
         ledger = self._append(rows)
@@ -252,7 +261,6 @@ class State:
         # Who reads the new ROOT finds its slot free to be read.
         locks.lock(claim.fd, exclusive=False)
         self._replace_root(root)
-        self.clean()
 
     def record(self, rows: Sequence[Row]) -> None:
         """Add lines to the ledger without a new generation of shadows: what was missed."""
