@@ -10,6 +10,7 @@ same one in every run: strace counts calls per thread. Races and random kills us
 from __future__ import annotations
 
 import concurrent.futures
+import faulthandler
 import os
 import select
 import signal
@@ -120,8 +121,9 @@ class Ended:
     @property
     def summary(self) -> str:
         """One line for a report."""
-        last = self.err.strip().splitlines()[-3:]
-        how = "hung" if self.code == -HUNG else f"exit {self.code}"
+        hung = self.code == -HUNG
+        last = self.err.strip().splitlines()[-12 if hung else -3 :]
+        how = "hung" if hung else f"exit {self.code}"
         return f"{how}: {' | '.join(last)}"
 
 
@@ -195,6 +197,7 @@ def _child(
         os.closerange(gate + 1, 1024)
         os.read(gate, 1)
         os.close(gate)
+        faulthandler.register(signal.SIGUSR1)
         from ema_cli.cli import main
 
         if before is not None:
@@ -237,6 +240,8 @@ def _wait(pid: int) -> int:
         poll.register(fd, select.POLLIN)
         hung = not poll.poll(PATIENCE * 1000)
         if hung:
+            os.kill(pid, signal.SIGUSR1)  # says where it hangs
+            poll.poll(500)
             os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
     finally:

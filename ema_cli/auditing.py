@@ -1,4 +1,4 @@
-"""Verifies an output: its headers, its checksums, and what its sources give."""
+"""Verifies an output: its headers, its checksums, and what its sources give; or a state."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from ema_cli.asked import check_workers
 from ema_cli.checking import Stretches, Summed
 from ema_cli.claims import Output, opened
 from ema_cli.engine import Progress
-from ema_cli.errors import UnsupportedInput, UsageError
+from ema_cli.errors import UsageError
 from ema_cli.executing import executor_of
 from ema_cli.recomputing import Again, NotRecomputed, again
+from ema_cli.states.directory import is_state
+from ema_cli.states.summary import StateSummary
+from ema_cli.states.summary import check as check_state
 from ema_cli.text import shorten
 
 # How a state's directory is told from an output: the first bytes of a file in it.
@@ -56,11 +59,14 @@ def verify(
     workers: int | None = None,
     executor: Executor | None = None,
     on_event: Callable[[Progress], None] | None = None,
-) -> Verified:
+) -> Verified | StateSummary:
     """Verify an output against its checksums, and blocks of it against its sources, bit for bit.
 
+    Of a state every checksum, the ledger and the plan are verified; its sources may be gone.
+
     Args:
-        path: the output: a file, a folder or a TensorFlow prefix; or its ``OUT.ema.json``.
+        path: the output: a file, a folder or a TensorFlow prefix; or its ``OUT.ema.json``; or a
+            state.
         sample: how much of it is recomputed from the sources while they exist, e.g. ``0.5%``;
             at least 64 blocks of 65,536 elements.
         full: recompute all of it.
@@ -69,12 +75,14 @@ def verify(
         executor: any `concurrent.futures.Executor`; threads when None.
         on_event: called with `Progress` events.
 
-    Raises `InputError` when the output is damaged, or is not what its sources give.
+    Raises `InputError` when the output or the state is damaged, or is not what its sources give.
     """
     share = 1.0 if full else parse_share(sample)
     check_workers(workers)
-    refuse_state(os.fspath(path))
     workers = workers or machine.default_workers()
+    if is_state(os.fspath(path)):
+        with executor_of(executor, workers) as pool:
+            return check_state(os.fspath(path), pool)
     output = opened(os.fspath(path), key or "")
     made, reason = _again(output, key or "", workers)
     total = comparing.total_blocks(made.work) if made else 0
@@ -109,14 +117,6 @@ def parse_share(text: str) -> float:
             "for example --sample 0.5%; --full is all of it",
         )
     return float(match[1]) / 100
-
-
-def refuse_state(path: str) -> None:
-    """Raise `UnsupportedInput` for the directory of a state, which is verified otherwise."""
-    file = os.path.join(path, _STATE_FILE)
-    long_enough = os.path.isfile(file) and os.path.getsize(file) >= len(_STATE)
-    if long_enough and files.read_at(file, 0, len(_STATE)) == _STATE:
-        raise UnsupportedInput(f"{shorten(path, 1000)}: expected an output, found a state")
 
 
 class _Meter:

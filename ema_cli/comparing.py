@@ -159,6 +159,8 @@ def _explained(made: Again, difference: Difference) -> EmaError:
     _check_sources(made.work, entry.source)
     one, other = _values(made, difference, entry.dtype, skipped)
     reason = f"element {element:,}: its sources give {one}, found {other}"
+    if made.made_by:
+        reason += f", which version {made.made_by} wrote"
     return DamagedOutput(path, reason, entry.name)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -72,16 +73,18 @@ class Publisher:
         self._done = generation
 
     def _run(self, plan: Plan) -> RunResult:
-        """Write one output; what stands in its place is replaced only where it is one of ours."""
-        execution = {"executor": self._executor, "on_event": self._on_event}
-        if self._overwrite or "{step}" in (self._request.output or ""):
-            return run_plan(plan, overwrite=self._overwrite, **execution)  # type: ignore[arg-type]
+        """Write one output; a file is replaced where its name stays and it is one of ours."""
+        layout = plan.outcomes[0].layout
+        run = functools.partial(run_plan, plan, executor=self._executor, on_event=self._on_event)
+        stays = layout.kind == "file" and "{step}" not in (self._request.output or "")
+        if self._overwrite or not stays:
+            return run(overwrite=self._overwrite)
         try:
-            return run_plan(plan, **execution)  # type: ignore[arg-type]
+            return run()
         except OutputExists:
-            if provenance.load(plan.outcomes[0].layout.path) is None:
+            if provenance.load(layout.path) is None:
                 raise
-            return run_plan(plan, overwrite=True, **execution)  # type: ignore[arg-type]
+            return run(overwrite=True)
 
 
 def is_due(rows: Sequence[Row], every: int) -> bool:
@@ -119,7 +122,8 @@ def check_output(request: Request, known: str | None, *, overwrite: bool) -> Non
             )
     for average in request.averages:
         path = output.replace("{average}", average.label)
-        if os.path.lexists(path) and not overwrite and provenance.load(path) is None:
+        stands = os.path.lexists(path) and not os.path.isdir(path)
+        if stands and not overwrite and provenance.load(path) is None:
             raise exists(shorten(path, 1000))
 
 

@@ -22,6 +22,7 @@ from ema_cli.formats import FORMATS, read, tensorflow
 from ema_cli.ranges import Copy, Destination
 from ema_cli.tensors import NO_FILE, Checkpoint, Stamp, Tensor
 from ema_cli.text import shorten
+from ema_cli.version import __version__
 from ema_cli.work import Manner, Work, prepare
 
 # What ends a plan that is made again: the sources are not what they were.
@@ -41,11 +42,13 @@ class Again:
         work: what would be computed.
         layout: where it would go.
         outputs: the files that are there, in the order of the layout's.
+        made_by: the version of this program that made them, when it was another.
     """
 
     work: Work
     layout: Layout
     outputs: tuple[Stamp, ...]
+    made_by: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -89,11 +92,24 @@ def _averaged(output: Output, document: Mapping[str, Any], workers: int) -> Agai
     layout = outcome.layout
     if [file.name for file in layout.files] != [claim.name for claim in output.claims]:
         raise DamagedFile(where, "the files it tells of are not those of its plan")
-    sealed = _sealed(layout)
-    _check_index(output, layout)
-    _check_literals(layout, output.files, sealed)
+    sealed, made_by = _sealed(layout), _made_by(document)
+    try:
+        _check_index(output, layout)
+        _check_literals(layout, output.files, sealed)
+    except DamagedOutput as error:
+        if made_by:
+            raise NotRecomputed(f"version {made_by} made it otherwise: {error.message}") from error
+        raise
     copies = tuple(part for copy in plan.work.copies for part in _outside(copy, sealed))
-    return Again(dataclasses.replace(plan.work, copies=copies), layout, output.files)
+    work = dataclasses.replace(plan.work, copies=copies)
+    return Again(work, layout, output.files, made_by)
+
+
+def _made_by(document: Mapping[str, Any]) -> str:
+    """Return the version that made an output, or an empty string when it was this one."""
+    tool = document.get("tool")
+    version = tool.get("ema-avg") if isinstance(tool, dict) else None
+    return "" if version == __version__ else shorten(str(version), 60)
 
 
 def _sources(output: Output, document: Mapping[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -81,7 +82,8 @@ def search(root: str, choice: Choice, known: Known) -> tuple[list[Checkpoint], l
     for name, entry in file_of.items():
         path, there = os.path.join(root, name), os.path.join(root, entry)
         outcome = (
-            _reason_by_name(path, there, siblings)
+            _reason_by_state(root, name)
+            or _reason_by_name(path, there, siblings)
             or _reason_by_identity(path, there, seen)
             or (_reason_by_place(path, flat) if entry == name else None)
         )
@@ -159,6 +161,14 @@ def _reason_by_place(path: str, flat: bool) -> PassedOver | None:
     return None
 
 
+def _reason_by_state(root: str, name: str) -> PassedOver | None:
+    """A state, and what lies inside one, is no checkpoint."""
+    within = itertools.accumulate(name.split("/"), os.path.join)
+    if any(is_state(os.path.join(root, part)) for part in within):
+        return PassedOver(os.path.join(root, name), "a state of ema-avg")
+    return None
+
+
 def _reason_by_name(path: str, there: str, siblings: set[str]) -> PassedOver | None:
     name = os.path.basename(path)
     bare = name.lstrip(".")
@@ -179,8 +189,6 @@ def _reason_by_name(path: str, there: str, siblings: set[str]) -> PassedOver | N
         reason = "training state beside the weights"
     elif provenance.load(path) is not None:
         reason = "an output of ema-avg"
-    elif is_state(there):
-        reason = "a state of ema-avg"
     return PassedOver(path, reason) if reason else None
 
 

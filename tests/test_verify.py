@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conformance import CASES, ROWS, convert, every_dtype, write_source
-from forging import files_of, flipped, forge, provenance_of
+from forging import WISHES, files_of, flipped, forge, output, provenance_of, source
 from helpers import cmd, write_run
 
 import ema_cli

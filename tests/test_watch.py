@@ -275,6 +275,19 @@ def test_what_is_several_files_needs_a_step_in_its_name(
     assert (tmp_path / "state").exists() is (format is None)
 
 
+def test_a_directory_of_prefixes_has_the_steps_in_their_names(tmp_path: Path) -> None:
+    """As with `run -o DIR/`; what stands there under such a name is not replaced."""
+    training = Training(tmp_path, "tensorflow")
+    training.save(100)
+    out = f"{tmp_path}/out/"
+    words = [training.run, "--state", tmp_path / "state", "-o", out, "--interval", "0.02"]
+    words += ["--decay", "0.9", "--until-step", "100"]
+    assert f"{out}model.ckpt-100" in cmd("watch", *words).out
+    assert cmd("watch", *words).out.startswith("unchanged")
+    cmd("watch", *words, "--names", "shadow", "--dtype", "float64", code=14)
+    cmd("watch", *words, "--names", "shadow", "--dtype", "float64", "--overwrite")
+
+
 def test_an_output_that_stands_already_is_unchanged(training: Training, tmp_path: Path) -> None:
     """A watch that begins anew repeats nothing, and finds what it wrote."""
     training.save(100)

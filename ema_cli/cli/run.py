@@ -74,9 +74,7 @@ def _carry_out(out: Out, arguments: dict[str, Any], *, restart: bool) -> int:
         out.say(planview.RAMP)
     out.document("plan", **document(made))
     try:
-        result = running.run_plan(
-            made, overwrite=overwrite, restart=restart, on_event=out.progress
-        )
+        result = running.run_plan(made, overwrite=overwrite, restart=restart, on_event=out.progress)
     finally:
         out.end_progress()
     _tell(out, result)

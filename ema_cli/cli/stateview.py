@@ -98,6 +98,24 @@ def show(out: Out, state: StateSummary) -> None:
     _document(out, state)
 
 
+def verified(out: Out, state: StateSummary) -> int:
+    """Tell that a state is intact; returns the exit code."""
+    out.line(
+        f"verified  {printable(state.path)}: {plural(len(state.applied), 'checkpoint')} up to step "
+        f"{state.step or 0:,}, every checksum, the ledger and the plan"
+    )
+    out.document(
+        "result",
+        command="verify",
+        state=state.path,
+        generation=state.generation,
+        step=state.step,
+        bytes=state.nbytes,
+    )
+    out.flush()
+    return 0
+
+
 def _document(out: Out, state: StateSummary) -> None:
     out.document(
         "result",

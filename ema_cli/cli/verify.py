@@ -1,4 +1,4 @@
-"""``ema-avg verify``: whether an output is still what was written, and what its sources give."""
+"""``ema-avg verify``: whether an output, or a state, is still what was written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @click.command(
     cls=Command,
-    short_help="Check an output against its checksums and its sources.",
+    short_help="Check an output against its sources, or a state.",
     example="ema-avg verify average.safetensors --full",
     codes=(3,),
 )
@@ -40,15 +40,20 @@ def verify(path: str, **given: Any) -> int:
     """Check an output's headers and checksums, and recompute blocks of it, bit for bit.
 
     PATH is an output: a file, a folder, a TensorFlow prefix, or the OUT.ema.json of one. Exit
-    status 3 says that nothing is wrong, but that the sources are gone or others by now.
+    status 3 says that nothing is wrong, but that the sources are gone or others by now. Or it is
+    a state, of which every checksum, the ledger and the plan are checked.
     """
     from ema_cli import auditing
+    from ema_cli.cli import stateview
+    from ema_cli.states.summary import StateSummary
 
     out = options.way_out(given)
     try:
         found = auditing.verify(path, on_event=out.progress, **given)
     finally:
         out.end_progress()
+    if isinstance(found, StateSummary):
+        return stateview.verified(out, found)
     out.line(_told(found))
     if found.not_recomputed is not None:
         out.line(f"not recomputed: {found.not_recomputed}")
@@ -70,11 +75,8 @@ def _told(found: Verified) -> str:
     """Return what was verified in one line, whose first word says how far that goes."""
     what = f"{shorten(printable(found.path), 1000)}: {plural(found.files, 'file')}, "
     what += size(found.nbytes)
-    if found.not_recomputed is None:
-        return (
-            f"verified  {what}, checksums equal; {found.recomputed:,} of "
-            f"{plural(found.total, 'block')} recomputed, bit for bit equal"
-        )
-    if found.checksums == "equal":
-        return f"checked  {what}, checksums equal"
-    return f"opened  {what}, headers sound, no checksums"
+    what += ", checksums equal" if found.checksums == "equal" else ", no checksums"
+    if found.not_recomputed is not None:
+        return f"{'checked' if found.checksums == 'equal' else 'opened'}  {what}"
+    blocks = f"{found.recomputed:,} of {plural(found.total, 'block')}"
+    return f"verified  {what}; {blocks} recomputed, bit for bit equal"

@@ -159,5 +159,5 @@ def remove_unfinished(path: str) -> None:
     """Remove what a killed process left half-written; the writer's lock is held."""
     with storage_errors(path, "cannot repair"):
         for name in os.listdir(path):
-            if name.endswith(_TEMPORARY):
+            if name.endswith(_TEMPORARY) or name == PINS:
                 durable.remove(os.path.join(path, name))

@@ -1,4 +1,4 @@
-"""Small files of a state that lie, with checksums that fit: damage is told, nothing else happens."""
+"""Small files of a state that lie, and flipped bits: it is told, and nothing else happens."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from stores import (
-    Files,
     document,
     documents,
-    exported,
     manifest_of,
     rewrite,
+    sealed,
     slot_of,
     tree,
     update,
@@ -26,14 +24,15 @@ from stores import (
 )
 
 import ema_cli
-from ema_cli import ExponentialMovingAverage
 from ema_cli.cli import stateview
-from ema_cli.errors import DamagedState, Disagreement, EmaError, InputError, NonFinite
+from ema_cli.errors import Disagreement, EmaError, InputError, NonFinite, NothingToAverage
 from ema_cli.states import summary
 from ema_cli.views import Out
 
 Made = tuple[Path, list[Path], dict[str, Any]]
-AVERAGES = ["mean", "ema:0.5"]
+# Damage, or another run than it is given, as far as it can know.
+TOLD = (InputError, Disagreement, NonFinite, NothingToAverage)
+GIVEN: dict[str, Any] = {"average": ["power:0.1", "ema:0.9/step"], "num_updates": "step"}
 OUT = "{average}.safetensors"
 
 
@@ -50,7 +49,7 @@ def a_sound_state(tmp_path_factory: pytest.TempPathFactory) -> Made:
     with pytest.MonkeyPatch.context() as patch:
         without_barriers(patch)
         paths = write_steps(folder / "run", [100, 200, 300])
-        update(folder / "S", paths[:2], average=AVERAGES)
+        update(folder / "S", paths[:2], **GIVEN)
         sound = Path(shutil.copytree(folder / "S", folder / "used"))
         return folder / "S", paths, tried(sound, paths, folder)
 
@@ -68,7 +67,7 @@ def tried(state: Path, paths: list[Path], folder: Path) -> dict[str, Any]:
             return summary.check(str(state), executor).step
 
     def mixed() -> object:
-        done = update(state, paths, average=AVERAGES)
+        done = update(state, paths, **GIVEN)
         return [row.step for row in done.applied], slot_of(state).read_bytes()
 
     def out() -> object:
@@ -80,7 +79,7 @@ def tried(state: Path, paths: list[Path], folder: Path) -> dict[str, Any]:
         "inspect": shown,
         "verify": verified,
         "export": out,
-        "plan": lambda: len(ema_cli.plan_run(paths, state=state, average=AVERAGES).outcomes),
+        "plan": lambda: len(ema_cli.plan_run(paths, state=state, **GIVEN).outcomes),
         "run": mixed,
     }
     found: dict[str, Any] = {}
@@ -93,11 +92,12 @@ def tried(state: Path, paths: list[Path], folder: Path) -> dict[str, Any]:
     return found
 
 
-def check(made: Made, folder: Path, damage: Callable[[Path], object]) -> dict[str, Any]:
-    """Damage a copy of the state: every command tells, or does what it did; returns what they did.
+def check(
+    made: Made, folder: Path, damage: Callable[[Path], object], *, likely: bool = False
+) -> None:
+    """Damage a copy of the state: every command tells, or does what it did.
 
-    A state that contradicts itself counts as another one to `plan` and `run`; what they would do
-    to it is an error, or what they do to the sound one.
+    `likely`: it tells what might be true of another state, and is believed then.
     """
     state, paths, sound = made
     state = Path(shutil.copytree(state, folder / "S"))
@@ -105,18 +105,13 @@ def check(made: Made, folder: Path, damage: Callable[[Path], object]) -> dict[st
     before = tree(state)
     found = tried(state, paths, folder)
     for name, result in found.items():
-        if isinstance(result, (Disagreement, NonFinite)):
-            assert name in ("plan", "run", "export"), result
-        elif isinstance(result, EmaError):
-            assert isinstance(result, InputError), result
+        if isinstance(result, EmaError):
+            assert isinstance(result, TOLD), result
         else:
-            assert result == sound[name], name
+            assert likely or result == sound[name], name
     if isinstance(found["run"], EmaError):
-        after = tree(state)
-        assert {k: v for k, v in after.items() if k in ("ROOT", "ledger", "plan")} == {
-            k: v for k, v in before.items() if k in ("ROOT", "ledger", "plan")
-        }
-    return found
+        now = tree(state)
+        assert all(now[name] == before[name] for name in ("ROOT", "ledger", "plan"))
 
 
 # ---------------------------------------------------------------------------- changes
@@ -180,7 +175,9 @@ MANIFESTS: dict[str, Change] = {
         for k in range(5)
         for name, change in named("held", (*HELD, k), (*ANY, ["float32"], {"a": []})).items()
     },
-    **named("held", (*HELD, 0), ("\0", "\ud800", "__metadata__", "x" * 100_000, "mean/kernel")),
+    **named(
+        "held", (*HELD, 0), ("\0", "\ud800", "__metadata__", "x" * 100_000, "power-0.1/kernel")
+    ),
     **named(
         "held",
         (*HELD, 1),
@@ -244,8 +241,8 @@ ROWS: dict[str, Change] = {
         for name, change in named("row", (k, f), ANY).items()
     },
     **{f"row without {f}": removed(1, f) for f in ROW_FIELDS},
-    **named("row", (0, "step"), (0, 200, 300, 1 << 80, 10**300, -(10**300))),
-    **named("row", (1, "step"), (0, 100, 201, 300, 10**300)),
+    **named("row", (0, "step"), (0, 200, 300, 1 << 80, 10**400, -(10**400))),
+    **named("row", (1, "step"), (0, 100, 201, 300, 10**400)),
     **named("row", (1, "name"), ("\0", "\ud800", "\x1b[2J", "x" * 100_000)),
     **named("row", (1, "path"), ("\0", "\ud800", "\x1b[2J", "/", "..", "x" * 100_000)),
     **named(
@@ -298,17 +295,9 @@ def test_a_hostile_root(change: Change, made: Made, tmp_path: Path) -> None:
     def damage(state: Path) -> None:
         root = document(state, "ROOT")
         change(root)
-        (state / "ROOT").write_bytes(b"")
-        rewrite_root(state, root)
+        (state / "ROOT").write_bytes(sealed(root))
 
     check(made, tmp_path, damage)
-
-
-def rewrite_root(state: Path, root: Any) -> None:
-    """Replace ROOT by a document with a checksum that fits."""
-    from stores import sealed
-
-    (state / "ROOT").write_bytes(sealed(root))
 
 
 @pytest.mark.parametrize("change", MANIFESTS.values(), ids=MANIFESTS)
@@ -332,4 +321,4 @@ def test_a_hostile_ledger(change: Change, made: Made, tmp_path: Path) -> None:
         change(rows)
         rewrite(state, ledger=rows)
 
-    check(made, tmp_path, damage)
+    check(made, tmp_path, damage, likely=True)
