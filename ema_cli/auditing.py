@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any, cast
 
 from ema_cli import checking, comparing, engine, files, machine, summing
 from ema_cli.asked import check_workers
@@ -138,9 +137,8 @@ def _sums(
     tasks: Sequence[Stretches], executor: Executor, workers: int, meter: _Meter
 ) -> Iterator[Summed]:
     """Yield the checksums of stretches of files as they come."""
-    bounded = cast(Any, engine.bounded)
     work = enumerate(tasks)
-    for _, done in bounded(executor, checking.checksums, work, 2 * workers, _forget):
+    for _, done in engine.bounded(executor, checking.checksums, work, 2 * workers, _forget):
         meter.add(done.task.ends[-1] - done.task.ends[0])
         yield done
 

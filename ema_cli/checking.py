@@ -14,7 +14,7 @@ from ema_cli.checksums import CRC32C
 from ema_cli.files import Handles, open_unchanged, page_buffer, read_exact
 from ema_cli.ranges import Target
 from ema_cli.tasks import Piece, Task
-from ema_cli.worker import COPY_BLOCK, _Work, place
+from ema_cli.worker import COPY_BLOCK, Worker, place
 
 # Elements of a block, the unit of what is sampled; of a copy it has as many bytes as those of
 # float32.
@@ -100,7 +100,7 @@ class _Differs(Exception):
     """A difference was found; the argument tells which."""
 
 
-class _Comparison(_Work):
+class _Comparison(Worker):
     """Reads and compares where a worker writes."""
 
     def __init__(self, task: Task, inputs: Handles, outputs: Handles) -> None:

@@ -26,6 +26,7 @@ from ema_cli.tensors import numpy_dtype, swap_width
 from ema_cli.work import Work
 from ema_cli.worker import run_task
 
+W = TypeVar("W")
 T = TypeVar("T")
 
 
@@ -79,8 +80,8 @@ def carry_out(
 
 def bounded(
     executor: Executor,
-    function: Callable[[Task], T],
-    work: Iterable[tuple[int, Task]],
+    function: Callable[[W], T],
+    work: Iterable[tuple[int, W]],
     limit: int,
     late: Callable[[int, T], None],
 ) -> Iterator[tuple[int, T]]:

@@ -36,7 +36,7 @@ def run_task(task: Task) -> Done:
         Handles(lambda k: open_unchanged(task.inputs[k]), task.handles) as inputs,
         Handles(lambda k: _open_output(task.outputs[k]), task.handles) as outputs,
     ):
-        work = _Work(task, inputs, outputs)
+        work = Worker(task, inputs, outputs)
         for work.ordinal, piece in enumerate(task.pieces):
             method = work.copy if piece.shadow == COPY else work.average
             more_read, more_written, flaw = method(piece)
@@ -58,7 +58,7 @@ def size_of(path: str) -> int:
         return os.stat(path, follow_symlinks=False).st_size
 
 
-class _Work:
+class Worker:
     """The open files of a task, and the checksums of what is read from and written to them."""
 
     def __init__(self, task: Task, inputs: Handles, outputs: Handles) -> None:
