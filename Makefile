@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INTEROP := .venv-interop
 
-.PHONY: demo test check interop bench clean
+.PHONY: demo test check interop durability bench clean
 
 demo: $(VENV)/.installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh fixtures/demo.sh build/demo
@@ -20,6 +20,10 @@ check: $(VENV)/.developing
 
 interop: $(INTEROP)/.installed
 	$(INTEROP)/bin/python -m pytest --tb=short interop
+
+# Faults at every system call. As root on Linux, with strace, e2fsprogs and xfsprogs.
+durability: $(VENV)/.developing
+	$(BIN)/python -m durability $(DURABILITY)
 
 bench: $(VENV)/.developing
 	$(BIN)/python -m bench --dir build/bench $(BENCH)

@@ -141,7 +141,9 @@ class _Bits:
     def kill(self) -> str:
         """Leave an update half done, its log whole; returns where."""
         step = UPDATES[0]
-        last = [p for p in points.mutating(self._scenario, [step]) if p.about.startswith("manifest")]
+        last = [
+            p for p in points.mutating(self._scenario, [step]) if p.about.startswith("manifest")
+        ]
         self._scenario.restore(step, self._killed)
         trace = strace.injecting(last[0].call, "signal=SIGKILL", str(last[0].ordinal))
         self._scenario.run(step, self._killed, *trace)
@@ -190,7 +192,9 @@ class _Bits:
                     _put_back(file, bit, before)
                 if tags[-1] == "wrong":
                     name = Flips("read", flips.name, bit, 1).label
-                    return Found(flips.label, f"{name} silently wrong, or another error", tuple(tags))
+                    return Found(
+                        flips.label, f"{name} silently wrong, or another error", tuple(tags)
+                    )
         return Found(flips.label, "", tuple(tags))
 
     # What the commands make of it

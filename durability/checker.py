@@ -73,9 +73,7 @@ def check_output(scenario: Scenario, step: Step, workspace: str, out: str) -> No
         raise Wrong("the output under its final name has other bytes")
 
 
-def check_rerun(
-    scenario: Scenario, step: Step, workspace: str, *, continued: bool = True
-) -> None:
+def check_rerun(scenario: Scenario, step: Step, workspace: str, *, continued: bool = True) -> None:
     """Give the command again: everything must be as if undisturbed.
 
     `continued`: then one more checkpoint, and an export.

@@ -146,7 +146,7 @@ class _Errors:
                 os.unlink(name)
 
     def _check_no_second_sync(self) -> None:
-        """After a failed fsync the kernel may have dropped the pages: a second one proves nothing."""
+        """After a failed fsync the pages may be dropped: a second one proves nothing."""
         with open(self._log) as file:
             lines = file.read().splitlines()
         failed: set[str] = set()

@@ -22,6 +22,7 @@ from durability.simulate import Began, Disk, New, Operation, Said, Sync, Tree, b
 
 USUAL = 24_000  # different states
 FULL = 1_000_000
+COMPOUND = 150  # first faults
 # How much of what was not synced survives; all and nothing are tried besides.
 SHARES = (0.05, 0.2, 0.5, 0.8, 0.95)
 RERUN_EVERY = 100
@@ -87,7 +88,8 @@ class Moment:
 
 def moments(operations: Sequence[Operation]) -> list[Moment]:
     """Return the moments at which a crash can leave something new."""
-    step, promised, written = STEPS[0], 0, ()
+    step, promised = STEPS[0], 0
+    written: tuple[str, ...] = ()
     found = []
     for prefix, operation in enumerate(operations, start=1):
         if isinstance(operation, Began):
@@ -190,13 +192,13 @@ class Explorer:
     def _opened(self, moment: Moment) -> int:
         """Open the state as the tool does, which repairs it; returns its count of checkpoints."""
         from ema_cli.errors import EmaError
-        from ema_cli.states import store
+        from ema_cli.states import commit
 
         state = os.path.join(self._where, STATE)
         if not os.path.isdir(state):
             return 0
         try:
-            with store.writing(state):
+            with commit.writing(state):
                 pass
         except EmaError as error:
             raise Wrong(f"cannot be opened: {error}") from error
@@ -229,14 +231,23 @@ def run(wanted: Wanted) -> Report:
         states = FULL if wanted.full else wanted.points or USUAL
         most = 2 * states // len(moments(operations)) + 1
         explorer = Explorer(scenario, operations, most, seed=wanted.seed)
+        return gather("explore", _found(scenario, explorer, wanted), _line)
+
+
+def _found(scenario: Scenario, explorer: Explorer, wanted: Wanted) -> Iterator[Found]:
+    from durability import compound
+
+    second = wanted.only.startswith(compound.PREFIX)
+    if not second:
         chosen = wanted.choose(explorer.moments, lambda moment: moment.label, 1 << 30)
-        found = Pool(explorer.explore, explorer.prepare).each(chosen)
-        report = gather("explore", found, _line)
-    return report
+        yield from Pool(explorer.explore, explorer.prepare).each(chosen)
+    if second or not wanted.only:
+        firsts = wanted.choose(compound.firsts(scenario), lambda first: first.label, COMPOUND)
+        yield from Pool(compound.Compound(scenario).attempt).each(firsts)
 
 
-def _line(count: int, tags: Counter[str]) -> str:
+def _line(_: int, tags: Counter[str]) -> str:
     return (
-        f"{tags['state']} states at {count} moments, {tags['bad']} bad, "
-        f"{tags['rerun']} continued to the end"
+        f"{tags['state']} states, {tags['bad']} bad, {tags['rerun']} of them continued to the end; "
+        f"{tags['compound']} states after another fault"
     )

@@ -20,6 +20,7 @@ from durability.scenario import ALONE, BATCH, CREATE, STATE, STEPS, UPDATES, Sce
 
 USUAL = 100_000  # all of them
 AT_RANDOM = 24
+TWICE = 60
 
 
 def run(wanted: Wanted) -> Report:
@@ -29,14 +30,14 @@ def run(wanted: Wanted) -> Report:
         scenario.prepare()
         chosen = wanted.choose(points.mutating(scenario, (ALONE, *STEPS)), points.label, USUAL)
         harness = _Kill(scenario)
-        report = gather("kill", harness.found(chosen, wanted), _line)
-    return report
+        return gather("kill", harness.found(chosen, wanted), _line)
 
 
 def _line(count: int, tags: Counter[str]) -> str:
     return (
         f"{count} points, {tags['lost']} acknowledged updates lost, {tags['other']} other hashes, "
-        f"{tags['killed']} killed, {tags['random']} of them at random moments with two threads"
+        f"{tags['killed']} killed: {tags['twice']} of them twice, "
+        f"{tags['random']} at random moments with two threads"
     )
 
 
@@ -48,9 +49,21 @@ class _Kill:
     def found(self, chosen: list[Point], wanted: Wanted) -> Iterator[Found]:
         yield from Pool(self.at_call, self.prepare).each(chosen)
         if not wanted.only:
-            count = 1000 if wanted.full else AT_RANDOM if wanted.points is None else 4
-            seeds = range(wanted.seed, wanted.seed + count)
-            yield from Pool(self.at_random, self.prepare).each(seeds)
+            yield from self._more(chosen, wanted)
+
+    def _more(self, chosen: list[Point], wanted: Wanted) -> Iterator[Found]:
+        """Kill what goes on after a kill too, and kill at random moments."""
+        scale = 40 if wanted.full else 1
+        few = wanted.points is not None
+        rng = random.Random(wanted.seed)
+        pairs = [self._pair(chosen, rng) for _ in range(4 if few else TWICE * scale)]
+        yield from Pool(self.twice, self.prepare).each(pairs)
+        seeds = range(wanted.seed, wanted.seed + (4 if few else AT_RANDOM * scale))
+        yield from Pool(self.at_random, self.prepare).each(seeds)
+
+    def _pair(self, chosen: list[Point], rng: random.Random) -> tuple[Point, Point]:
+        first = rng.choice(chosen)
+        return first, rng.choice([point for point in chosen if point.step == first.step])
 
     def prepare(self) -> None:
         self._workspace = os.path.join(self._scenario.base, f"work-{os.getpid()}")
@@ -62,6 +75,17 @@ class _Kill:
         if ended.code != -signal.SIGKILL:
             return Found(point.label, f"not killed: {ended.summary}")
         return self._judged(point.label, point.step, ended, ("killed",))
+
+    def twice(self, pair: tuple[Point, Point]) -> Found:
+        """Kill a command, and kill it again when it is given again, if it comes that far."""
+        step, said = pair[0].step, ""
+        self._scenario.restore(step, self._workspace)
+        for point in pair:
+            trace = strace.injecting(point.call, "signal=SIGKILL", str(point.ordinal))
+            ended = self._scenario.run(step, self._workspace, *trace)
+            said += ended.out
+        label = f"{pair[0].label} then {pair[1].label}"
+        return self._judged(label, step, Ended(ended.code, said, ended.err), ("killed", "twice"))
 
     def at_random(self, seed: int) -> Found:
         """Kill a process as a user starts it."""

@@ -69,7 +69,7 @@ class _Memory:
         self._workspace = os.path.join(self._scenario.base, f"work-{os.getpid()}")
 
     def _run(self, step: Step, start: int, stop: int) -> process.Ended:
-        import _testcapi
+        import _testcapi  # type: ignore[import-not-found]
 
         self._scenario.restore(step, self._workspace)
         return process.run(

@@ -65,8 +65,16 @@ class _Mutation:
         known = barriers.NECESSARY.keys() | barriers.OPTIONAL.keys()
         paths = {n: self._path(i) for i, n in self._named.items()}
         return [
-            *(Found(n, f"a barrier that no table names: {paths[n]}") for n in paths if n not in known),
-            *(Found(n, "necessary, but no run has it") for n in barriers.NECESSARY if n not in paths),
+            *(
+                Found(n, f"a barrier that no table names: {paths[n]}")
+                for n in paths
+                if n not in known
+            ),
+            *(
+                Found(n, "necessary, but no run has it")
+                for n in barriers.NECESSARY
+                if n not in paths
+            ),
         ]
 
     def _path(self, position: int) -> str:

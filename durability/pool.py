@@ -119,9 +119,7 @@ def _try(point: Any) -> Found:
         return Found(str(name), f"the harness failed:\n    {last}")
 
 
-def gather(
-    name: str, found: Iterable[Found], line: Callable[[int, Counter[str]], str]
-) -> Report:
+def gather(name: str, found: Iterable[Found], line: Callable[[int, Counter[str]], str]) -> Report:
     """Return the report on a harness; `line` makes its text of the number of points and tags."""
     began = time.monotonic()
     report, tags, count = Report(name), Counter[str](), 0

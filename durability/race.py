@@ -97,7 +97,7 @@ class _Races:
     def _tag(self, ended: Ended) -> str:
         if ended.code == -signal.SIGKILL:
             return "killed"
-        return "locked" if ended.code == LOCKED else "won" if acknowledged(ended.out) else "late"
+        return "locked" if ended.code == LOCKED else "won" if "applied" in ended.out else "late"
 
     def _check(self, start: Step, ended: list[Ended], allowed: set[int]) -> None:
         for one in ended:
@@ -110,7 +110,9 @@ class _Races:
             raise Wrong(f"lost: {promised} checkpoints were acknowledged, the state holds {n}")
         if n > start.after + 1:
             raise Wrong(f"{n} checkpoints, more than anybody had")
-        checker.check_rerun(self._scenario, follow("after", n, max(n, start.after)), self._workspace)
+        checker.check_rerun(
+            self._scenario, follow("after", n, max(n, start.after)), self._workspace
+        )
 
 
 def _unlink(path: str) -> None:

@@ -52,8 +52,23 @@ class Recorder:
         self._open = {}
         for call in calls:
             handler = _HANDLERS.get(call.name)
-            if handler is not None and not call.failed:
+            if handler is not None and (not call.failed or handler is Recorder._fsync):
                 handler(self, call)
+
+    def adopt(self) -> None:
+        """Begin with what is in the directory, all of it durable."""
+        for folder, folders, files in os.walk(self._root):
+            for name in (*folders, *files):
+                path = os.path.join(folder, name)
+                place = self._find("", path)
+                assert place is not None
+                inode = self._new(directory=name in folders)
+                self._name(place, inode)
+                if name in files:
+                    with open(path, "rb") as file:
+                        self._put(inode, 0, file.read())
+        for inode in (*self._files, *self._directories):
+            self.operations.append(Sync(inode, ""))
 
     # Names
 
@@ -95,13 +110,13 @@ class Recorder:
         self.operations.append(New(inode, directory))
         return inode
 
-    def _link(self, place: tuple[int, str], inode: int) -> None:
+    def _name(self, place: tuple[int, str], inode: int) -> None:
         self._directories[place[0]][place[1]] = inode
         self.operations.append(Link(*place, inode))
 
     # Calls
 
-    def openat(self, call: Call) -> None:
+    def _openat(self, call: Call) -> None:
         place = self._at(call, 0)
         if place is None:
             return
@@ -109,33 +124,33 @@ class Recorder:
         inode = self._directories[place[0]].get(place[1]) if place[1] else ROOT
         if inode is None:
             inode = self._new(directory=False)
-            self._link(place, inode)
+            self._name(place, inode)
         elif b"O_TRUNC" in flags and self._files[inode]:
             self._change(Size(inode, 0, grow=False))
         self._open[call.result] = _Open(inode, append=b"O_APPEND" in flags)
 
-    def close(self, call: Call) -> None:
+    def _close(self, call: Call) -> None:
         self._open.pop(call.fd(0), None)
 
-    def dup(self, call: Call) -> None:
+    def _dup(self, call: Call) -> None:
         if call.name == "fcntl" and not call.args[1].startswith(b"F_DUPFD"):
             return
         self._open.pop(call.result, None)
         if call.fd(0) in self._open:
             self._open[call.result] = self._open[call.fd(0)]
 
-    def mkdir(self, call: Call) -> None:
+    def _mkdir(self, call: Call) -> None:
         place = self._find("", call.text(0)) if call.name == "mkdir" else self._at(call, 0)
         if place is not None:
-            self._link(place, self._new(directory=True))
+            self._name(place, self._new(directory=True))
 
-    def unlink(self, call: Call) -> None:
+    def _unlink(self, call: Call) -> None:
         place = self._at(call, 0) if call.name == "unlinkat" else self._find("", call.text(0))
         if place is not None:
             del self._directories[place[0]][place[1]]
             self.operations.append(Unlink(*place))
 
-    def rename(self, call: Call) -> None:
+    def _rename(self, call: Call) -> None:
         if call.name == "rename":
             source, target = self._find("", call.text(0)), self._find("", call.text(1))
         else:
@@ -148,13 +163,13 @@ class Recorder:
         self._directories[target[0]][target[1]] = inode
         self.operations.append(Rename(*target, inode, *source))
 
-    def link(self, call: Call) -> None:
+    def _link(self, call: Call) -> None:
         if call.name == "link":
             source, target = self._find("", call.text(0)), self._find("", call.text(1))
         else:
             source, target = self._at(call, 0), self._at(call, 2)
         if source is not None and target is not None:
-            self._link(target, self._directories[source[0]][source[1]])
+            self._name(target, self._directories[source[0]][source[1]])
         elif target is not None:
             raise ValueError(f"a link from elsewhere is not modelled: {call}")
 
@@ -174,7 +189,7 @@ class Recorder:
         if end > len(before):
             self.operations.append(grow)
 
-    def write(self, call: Call) -> None:
+    def _write(self, call: Call) -> None:
         if call.named(0).startswith(OUT):
             self._line += call.data(1)[: call.result]
             *lines, self._line = self._line.split(b"\n")
@@ -187,7 +202,7 @@ class Recorder:
         self._put(opened.inode, opened.position, self._whole(call))
         opened.position += call.result
 
-    def pwrite(self, call: Call) -> None:
+    def _pwrite(self, call: Call) -> None:
         opened = self._open.get(call.fd(0))
         if opened is not None:
             position = 3
@@ -199,15 +214,15 @@ class Recorder:
             raise ValueError(f"strace cut the data of {call.name}: {len(data)} of {call.result}")
         return data[: call.result]
 
-    def read(self, call: Call) -> None:
+    def _read(self, call: Call) -> None:
         if call.fd(0) in self._open:
             self._open[call.fd(0)].position += call.result
 
-    def lseek(self, call: Call) -> None:
+    def _lseek(self, call: Call) -> None:
         if call.fd(0) in self._open:
             self._open[call.fd(0)].position = call.result
 
-    def truncate(self, call: Call) -> None:
+    def _truncate(self, call: Call) -> None:
         if call.name == "truncate":
             place = self._find("", call.text(0))
             inode = None if place is None else self._directories[place[0]][place[1]]
@@ -217,7 +232,7 @@ class Recorder:
         if inode is not None and call.number(1) != len(self._files[inode]):
             self._change(Size(inode, call.number(1), grow=False))
 
-    def fallocate(self, call: Call) -> None:
+    def _fallocate(self, call: Call) -> None:
         opened = self._open.get(call.fd(0))
         if opened is None:
             return
@@ -230,7 +245,7 @@ class Recorder:
         if b"KEEP_SIZE" not in mode and offset + length > len(self._files[opened.inode]):
             self._change(Size(opened.inode, offset + length, grow=True))
 
-    def copy_file_range(self, call: Call) -> None:
+    def _copy_file_range(self, call: Call) -> None:
         target = self._open.get(call.fd(2))
         if target is None:
             return
@@ -244,32 +259,35 @@ class Recorder:
                 data = file.read(n)
         self._put(target.inode, call.number(3), data)
 
-    def fsync(self, call: Call) -> None:
+    def _fsync(self, call: Call) -> None:
         opened = self._open.get(call.fd(0))
-        if opened is not None:
-            self.operations.append(Sync(opened.inode, self._path_of(opened.inode)))
+        if opened is not None and not call.unfinished:
+            path = self._path_of(opened.inode)
+            self.operations.append(Sync(opened.inode, path, call.failed))
 
-    def refuse(self, call: Call) -> None:
+    def _refuse(self, call: Call) -> None:
         if any(path.startswith(self._root) for path in call.paths):
             raise ValueError(f"not modelled: {call}")
 
 
 _HANDLERS: dict[str, Callable[[Recorder, Call], None]] = {
-    "openat": Recorder.openat,
-    "close": Recorder.close,
-    **dict.fromkeys(("dup", "dup2", "dup3", "fcntl"), Recorder.dup),
-    **dict.fromkeys(("mkdir", "mkdirat"), Recorder.mkdir),
-    **dict.fromkeys(("unlink", "unlinkat", "rmdir"), Recorder.unlink),
-    **dict.fromkeys(("rename", "renameat", "renameat2"), Recorder.rename),
-    **dict.fromkeys(("link", "linkat"), Recorder.link),
-    **dict.fromkeys(("write", "writev"), Recorder.write),
-    **dict.fromkeys(("pwrite64", "pwritev", "pwritev2"), Recorder.pwrite),
-    **dict.fromkeys(("read", "readv"), Recorder.read),
-    "lseek": Recorder.lseek,
-    **dict.fromkeys(("truncate", "ftruncate"), Recorder.truncate),
-    "fallocate": Recorder.fallocate,
-    "copy_file_range": Recorder.copy_file_range,
-    **dict.fromkeys(("fsync", "fdatasync"), Recorder.fsync),
-    **dict.fromkeys(("sendfile", "splice", "symlink", "symlinkat", "sync", "syncfs"), Recorder.refuse),
-    **dict.fromkeys(("open", "openat2", "creat"), Recorder.refuse),
+    "openat": Recorder._openat,
+    "close": Recorder._close,
+    **dict.fromkeys(("dup", "dup2", "dup3", "fcntl"), Recorder._dup),
+    **dict.fromkeys(("mkdir", "mkdirat"), Recorder._mkdir),
+    **dict.fromkeys(("unlink", "unlinkat", "rmdir"), Recorder._unlink),
+    **dict.fromkeys(("rename", "renameat", "renameat2"), Recorder._rename),
+    **dict.fromkeys(("link", "linkat"), Recorder._link),
+    **dict.fromkeys(("write", "writev"), Recorder._write),
+    **dict.fromkeys(("pwrite64", "pwritev", "pwritev2"), Recorder._pwrite),
+    **dict.fromkeys(("read", "readv"), Recorder._read),
+    "lseek": Recorder._lseek,
+    **dict.fromkeys(("truncate", "ftruncate"), Recorder._truncate),
+    "fallocate": Recorder._fallocate,
+    "copy_file_range": Recorder._copy_file_range,
+    **dict.fromkeys(("fsync", "fdatasync"), Recorder._fsync),
+    **dict.fromkeys(
+        ("sendfile", "splice", "symlink", "symlinkat", "sync", "syncfs"), Recorder._refuse
+    ),
+    **dict.fromkeys(("open", "openat2", "creat"), Recorder._refuse),
 }

@@ -167,7 +167,7 @@ class Scenario:
         copy_tree(source, into)
 
 
-_APPLIED = re.compile(r"^applied .*\bsteps? (?:[\d,]+ to )?([\d,]+)\b", re.MULTILINE)
+_APPLIED = re.compile(r"^(?:applied|unchanged) .*\bsteps? (?:[\d,]+ to )?([\d,]+)\b", re.MULTILINE)
 
 
 def acknowledged(out: str) -> int:
@@ -190,7 +190,7 @@ def write_run(stages: str, rows: int = 100) -> None:
             os.link(os.path.join(files, name), os.path.join(folder, name))
 
 
-def tensors(n: int, rows: int) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+def tensors(n: int, rows: int) -> dict[str, np.ndarray]:
     """Return checkpoint `n`: single and half precision, integers that are copied, a scalar."""
     rng = np.random.default_rng(n)
     half = rng.standard_normal((rows, 120)).astype(ml_dtypes.bfloat16)

@@ -74,10 +74,14 @@ class New:
 
 @dataclass(frozen=True)
 class Sync:
-    """fsync or fdatasync; `path` says of what, for people and for barrier mutation."""
+    """fsync or fdatasync; `path` says of what, for people and for barrier mutation.
+
+    One that `failed` loses the data for good: the kernel counts it as written from then on.
+    """
 
     inode: int
     path: str
+    failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,8 +135,8 @@ class Disk:
                 self._files[operation.inode].pending.append(operation)
             case Link() | Unlink() | Rename():
                 self._directories[operation.directory].pending.append(operation)
-            case Sync(inode, _):
-                self._sync(inode)
+            case Sync(inode, _, failed):
+                self._lose(inode) if failed else self._sync(inode)
             case _:
                 pass
 
@@ -147,6 +151,12 @@ class Disk:
             if isinstance(operation, Rename) and operation.source != operation.directory:
                 _forget(self._directories[operation.source].durable, operation)
         directory.pending = []
+
+    def _lose(self, inode: int) -> None:
+        """Forget what was written: no later fsync will write it, and nobody is told again."""
+        if inode in self._files:
+            file = self._files[inode]
+            file.pending = [o for o in file.pending if not isinstance(o, Write)]
 
     def settle(self) -> None:
         """Make everything durable, as time does."""

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 
 # Calls that change files or their names.
 MUTATING = (
-    *("write", "writev", "pwrite64", "pwritev", "pwritev2", "sendfile", "copy_file_range", "splice"),
+    *(
+        "write",
+        "writev",
+        "pwrite64",
+        "pwritev",
+        "pwritev2",
+        "sendfile",
+        "copy_file_range",
+        "splice",
+    ),
     *("fsync", "fdatasync", "sync_file_range", "msync", "sync", "syncfs"),
     *("rename", "renameat", "renameat2", "link", "linkat", "symlink", "symlinkat"),
     *("unlink", "unlinkat", "rmdir", "mkdir", "mkdirat"),
@@ -26,7 +35,8 @@ FOLLOWING = (*MUTATING, *OPENING, "read", "readv", "lseek", "close", "dup", "dup
 _CARRYING = {"write", "writev", "pwrite64", "pwritev", "pwritev2", *READING}
 
 _LINE = re.compile(rb"(?:\[pid +)?(\d+)?\]? *(\w+)\((.*)\) += (-?\d+|\?)(.*)$", re.DOTALL)
-_UNFINISHED = b" <unfinished ...>"
+UNFINISHED = -1000
+_CUT = b" <unfinished ...>"
 _RESUMED = re.compile(rb"(\d+) +<\.\.\. (\w+) resumed>(.*)$", re.DOTALL)
 _HEX = re.compile(rb"\\x([0-9a-f]{2})")
 _FD = re.compile(rb"(?:AT_FDCWD|-?\d+)<([^>]*)>(?:\(deleted\))?$")
@@ -41,7 +51,7 @@ class Call:
     Attributes:
         name: of the call.
         args: as strace prints them.
-        result: what it returned, -1 on failure.
+        result: what it returned: -1 on failure, `UNFINISHED` when the process died in it.
         ordinal: 1 for the first call of this name in its thread, as strace counts for ``when``.
         note: what follows the result, such as the error.
     """
@@ -54,8 +64,13 @@ class Call:
 
     @property
     def failed(self) -> bool:
-        """Whether the call changed nothing because it failed."""
+        """Whether the call changed nothing because it failed, or was never carried out."""
         return self.result < 0
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the process was killed before the call was carried out."""
+        return self.result == UNFINISHED
 
     def fd(self, position: int) -> int:
         """Return the file descriptor at a position; -100 is the current directory."""
@@ -117,7 +132,8 @@ def recording(log: str, calls: Iterable[str] = FOLLOWING, *, longest: int = 64) 
 def injecting(name: str, what: str, when: str, log: str = os.devnull) -> list[str]:
     """Return the arguments that inject a fault into some calls of one name.
 
-    `what` is ``signal=SIGKILL``, ``error=EIO`` or ``retval=0``; `when` ``7``, or ``7+`` from then on.
+    `what` is ``signal=SIGKILL``, ``error=EIO`` or ``retval=0``; `when` is ``7``, or ``7+`` for
+    all from then on.
     """
     arguments = ["-o", log, "-e", f"trace={names([name])}"]
     return [*arguments, "-e", f"inject={name}:{what}:when={when}"]
@@ -137,7 +153,7 @@ def parse(log: str) -> list[Call]:
             pid, name, args, result, note = found.groups()
             key = (pid or b"", name)
             counts[key] = counts.get(key, 0) + 1
-            value = -1 if result == b"?" else int(result)
+            value = UNFINISHED if result == b"?" else int(result)
             split = tuple(_split(args))
             calls.append(Call(name.decode(), split, value, counts[key], note))
     return calls
@@ -145,8 +161,8 @@ def parse(log: str) -> list[Call]:
 
 def _joined(line: bytes, begun: dict[bytes, bytes]) -> bytes:
     """Return a whole line where another thread's calls came between its two halves."""
-    if line.endswith(_UNFINISHED):
-        begun[line.split()[0]] = line[: -len(_UNFINISHED)]
+    if line.endswith(_CUT):
+        begun[line.split()[0]] = line[: -len(_CUT)]
         return b""
     resumed = _RESUMED.match(line)
     return begun.pop(resumed[1], b"") + resumed[3] if resumed else line

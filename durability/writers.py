@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 CHUNK = 256 << 10
 ELEMENTS = 160_000  # of each of the two tensors
-PAUSE = 0.001  # between chunks
+PAUSE = 0.015  # between chunks, so that a file is unfinished for longer than a look at it takes
 VERSION = 0.25  # what each rewriting adds to every element
 
 

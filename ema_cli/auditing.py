@@ -21,8 +21,6 @@ from ema_cli.states.summary import StateSummary
 from ema_cli.states.summary import check as check_state
 from ema_cli.text import shorten
 
-# How a state's directory is told from an output: the first bytes of a file in it.
-_STATE_FILE, _STATE = "FORMAT", b"ema-avg state"
 _SHARE = re.compile(r"(\d{1,3}(?:\.\d{1,9})?)\s*%")
 
 

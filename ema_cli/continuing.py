@@ -20,7 +20,7 @@ from ema_cli.plan import Costs, Outcome, Plan, Request
 from ema_cli.running import Written, refuse_warnings, run_plan
 from ema_cli.runs import Run
 from ema_cli.search import PassedOver
-from ema_cli.states import directory, settings, store
+from ema_cli.states import commit, directory, settings, store
 from ema_cli.states.records import Row
 from ema_cli.states.store import State
 from ema_cli.tensors import Checkpoint
@@ -85,7 +85,7 @@ def continue_state(
     started = time.monotonic()
     settings.check_possible(request)
     planning.check_output(request)
-    with store.writing(path) as state:
+    with commit.writing(path) as state:
         _check_settings(state, request)
         run, new, notes = find(state, request)
         update = updating.prepare_update(state, request, run, new) if new else None

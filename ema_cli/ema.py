@@ -113,7 +113,7 @@ class ExponentialMovingAverage:
         own = own_of(manifest, self._store.state.path)
         self._updates, self._local_steps = own.updates, own.local_steps
         self._shadow_names, self._known = own.shadow_names, own.known
-        self._trainable = own.trainable
+        self._trainable, self._taken = own.trainable, None
         self._specs = {
             one.variables[0]: (one.dtype, one.shape) for one in manifest.held if one.part == AVERAGE
         }
@@ -166,10 +166,11 @@ class ExponentialMovingAverage:
             before = self._store.manifest
             generation = (before.generation if before else 0) + 1
             row = values.row(generation, 1.0 if first and not self._zero_debias else coefficient)
-            self._store.commit(writer, own.to_json(), row)
-        self._updates, self._local_steps, self._specs = updates, local_steps, specs
-        self._shadow_names, self._known, self._taken = shadow_names, known, None
-        self._trainable = values.trainable(self._name)
+            try:
+                self._store.commit(writer, own.to_json(), row)
+            finally:  # what the store says is what is, also when something went wrong after it
+                if self._store.manifest is not None and self._store.manifest is not before:
+                    self._continue(self._store.manifest)
 
     def _averaged(self, values: Values, var_list: Sequence[str] | None) -> dict[str, None]:
         """Return the names to average, in order and once each, after TensorFlow's checks."""

@@ -20,7 +20,7 @@ from ema_cli.plan import Request
 from ema_cli.reports import Applied, Dropped
 from ema_cli.running import OnEvent
 from ema_cli.runs import Run
-from ema_cli.states.store import State
+from ema_cli.states.commit import OpenState
 from ema_cli.tensors import Checkpoint
 from ema_cli.text import shorten
 from ema_cli.warnings import PlanWarning, warnings
@@ -44,7 +44,7 @@ class Mixer:
 
     def __init__(
         self,
-        state: State,
+        state: OpenState,
         request: Request,
         executor: Executor | None,
         on_event: OnEvent | None,

@@ -109,7 +109,9 @@ def _made_by(document: Mapping[str, Any]) -> str:
     """Return the version that made an output, or an empty string when it was this one."""
     tool = document.get("tool")
     version = tool.get("ema-avg") if isinstance(tool, dict) else None
-    return "" if version == __version__ else shorten(str(version), 60)
+    if version == __version__:
+        return ""
+    return shorten(version, 60) if isinstance(version, str) else "unknown"
 
 
 def _sources(output: Output, document: Mapping[str, Any]) -> list[str]:

@@ -31,8 +31,9 @@ from ema_cli.search import PassedOver
 from ema_cli.selection import Selection, check_agreement, check_rules_of, select
 from ema_cli.states import directory, holding, skeleton, slots
 from ema_cli.states.binding import RUN, Binding, difference
+from ema_cli.states.commit import Claim, OpenState, checksums_of
 from ema_cli.states.records import AVERAGE, BIASED, Manifest, Row, files_of, row_of
-from ema_cli.states.store import Claim, State, checksums_of
+from ema_cli.states.store import State
 from ema_cli.steps import step_from_name
 from ema_cli.tasks import Done
 from ema_cli.tensors import Checkpoint
@@ -188,7 +189,7 @@ def _work(state: State, update: Update, claim: Claim) -> Work:
 
 
 def carry_out(
-    state: State,
+    state: OpenState,
     update: Update,
     executor: Executor | None = None,
     on_event: OnEvent | None = None,
@@ -234,7 +235,7 @@ def _compute(
     log: Log,
     executor: Executor | None,
     tell: OnEvent,
-    state: State,
+    state: OpenState,
     *,
     restart: bool | None,
 ) -> dict[int, int]:
@@ -261,7 +262,7 @@ def _compute(
     return made
 
 
-def _commit(state: State, update: Update, claim: Claim, made: Mapping[int, int]) -> None:
+def _commit(state: OpenState, update: Update, claim: Claim, made: Mapping[int, int]) -> None:
     slot, current = update.holding.slot, state.current
     generation = (current.root.generation if current else 0) + 1
     last = update.new[-1]

@@ -25,9 +25,9 @@ from ema_cli.readiness import NEVER, Lookout, Lost, Sight
 from ema_cli.reports import Applied, Looked, Missed, OnReport, Published, Report, WatchResult
 from ema_cli.running import OnEvent, Written
 from ema_cli.runs import Run
-from ema_cli.states import settings, store
+from ema_cli.states import commit, settings
+from ema_cli.states.commit import OpenState
 from ema_cli.states.records import Row, files_of
-from ema_cli.states.store import State
 from ema_cli.tensors import Checkpoint
 from ema_cli.text import shorten
 
@@ -62,7 +62,7 @@ def watch_run(
     check_output(request, None, overwrite=overwrite)
     lookout = Lookout(request.paths[0], request.choice, path)
     lookout.expect(pinning.left(path))  # while they are there
-    with store.writing(path) as state:
+    with commit.writing(path) as state:
         if state.current is not None:
             settings.check_same(state.current.binding, request, path)
         mixer = Mixer(state, request, executor, on_event, lookout.refuse)
@@ -110,7 +110,7 @@ class _Watch:
 
     def __init__(
         self,
-        state: State,
+        state: OpenState,
         rhythm: Rhythm,
         lookout: Lookout,
         mixer: Mixer,

@@ -38,14 +38,14 @@ entry()
 """
 # A process that is about to commit its second update, and does not.
 STUCK = """
-from ema_cli.states.store import State
-whole = State.commit
+from ema_cli.states.commit import OpenState
+whole = OpenState.commit
 def stuck(state, *args, **more):
     if state.current is not None:
         print("stuck", file=sys.stderr, flush=True)
         time.sleep(60)
     whole(state, *args, **more)
-State.commit = stuck
+OpenState.commit = stuck
 """
 
 

@@ -19,7 +19,7 @@ from ema_cli.listing import list_files
 from ema_cli.publishing import is_due
 from ema_cli.readiness import GRACE_SECONDS, NEVER, QUIET_SECONDS, Lookout, Sight
 from ema_cli.search import Choice
-from ema_cli.states import store
+from ema_cli.states import commit
 from ema_cli.states.records import Row
 
 W = {"w": np.float32([1])}
@@ -399,7 +399,7 @@ def test_the_state_is_not_listed(run: Run, tmp_path: Path) -> None:
 def test_a_state_with_a_number_is_no_folder_to_wait_for(run: Run) -> None:
     """Whoever's it is."""
     run.steps(300, ago=100)
-    with store.writing(str(run.path / "step-200")):
+    with commit.writing(str(run.path / "step-200")):
         run.look()
         assert run.ready(2.0) == [300]
 

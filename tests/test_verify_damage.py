@@ -13,7 +13,7 @@ from forging import WISHES, edit, files_of, flipped, forge, output, provenance_o
 from helpers import cmd, read_checkpoint
 
 import ema_cli
-from ema_cli.errors import EmaError, InputError, UnsupportedInput
+from ema_cli.errors import DamagedState, EmaError, InputError
 
 # ---------------------------------------------------------------------------- damage
 
@@ -105,7 +105,7 @@ def test_a_shard_nobody_tells_of(digits_bf16: Path, tmp_path: Path) -> None:
 def test_a_state_is_no_output(tmp_path: Path) -> None:
     """It is told by the file that says what it is."""
     (tmp_path / "FORMAT").write_bytes(b"ema-avg state 1\n")
-    with pytest.raises(UnsupportedInput, match="a state"):
+    with pytest.raises(DamagedState, match="ROOT"):
         ema_cli.verify(tmp_path)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from forging import document_of, edit, flipped, output, provenance_of
+from forging import document_of, edit, flipped, forge, output, provenance_of
 from helpers import cmd, write_checkpoint, write_run
 from tensorflow_bundles import tensorflow_run
 
@@ -228,6 +228,23 @@ def test_what_earlier_versions_recorded(out: Path) -> None:
     assert reason(out) == f"{out}.ema.json does not tell what was asked for"
 
 
+def test_another_version_may_have_done_otherwise(out: Path) -> None:
+    """Other headers are then no damage, and the version stands beside other values."""
+    edit(out, lambda document: put(document, ("tool", "ema-avg"), "0.0.9"))
+    assert ema_cli.verify(out).not_recomputed is None
+    with flipped(out, -1):
+        forge(out)
+        told = cmd("verify", out, code=12).err
+        assert "element 0: its sources give 3, found" in told
+        assert ", which version 0.0.9 wrote" in told
+    raw = out.read_bytes()
+    out.write_bytes(raw.replace(b"a/Expo", b"c/Expo"))
+    forge(out)
+    assert reason(out).startswith("version 0.0.9 made it otherwise: ")
+    edit(out, lambda document: put(document, ("tool",), 7))
+    assert reason(out).startswith("version unknown made it otherwise: ")
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"{", b"[]", b"7", b"\xff\xfe", b"[" * 100_000, b'{"schema": ' + b"9" * 5000 + b"}"],
@@ -286,6 +303,8 @@ ANOTHER: list[tuple[tuple[Any, ...], Any]] = [
     (("request", "select"), [["exclude", "nosuch"]]),
     (("request", "rule"), [["(", ""]]),
     (("request", "rule"), [["^", "m/"]]),
+    (("request", "rule"), [["^", "\\9"]]),
+    (("request", "step_from"), "step"),
     (("request", "name"), ""),
     (("request", "step_from"), "("),
     (("request", "key"), "model"),

@@ -43,7 +43,7 @@ def own_of(manifest: Manifest, path: str) -> Own:
     good = (
         all(type(count) is int and count >= 0 for count in local_steps.values())
         and all(type(name) is str for name in shadow_names.values())
-        and all(name in DTYPES for name in known.values())
+        and all(type(name) is str and name in DTYPES for name in known.values())
         and isinstance(trainable, list)
         and all(type(name) is str for name in trainable)
     )

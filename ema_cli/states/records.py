@@ -5,6 +5,7 @@ Nothing in them is ever a path: slots and manifests are called by numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -91,9 +92,13 @@ class Held(NamedTuple):
         variables = rest[0] if rest else [name]
         good = (
             _is_text(name)
+            and _is_text(dtype)
             and dtype in DTYPES
+            and DTYPES[dtype].bits >= 8
             and isinstance(shape, list)
             and all(map(_is_count, shape))
+            and math.prod(shape) < _LONGEST
+            and _is_text(part)
             and part in _PARTS
             and _is_count(average)
             and isinstance(variables, list)
@@ -146,7 +151,7 @@ class Manifest(NamedTuple):
         return cls(
             take.count("generation"),
             held,
-            take.items("checksums", _count),
+            take.items("checksums", _checksum),
             None if skeleton is None else Skeleton.from_json(skeleton, where),
             bool(take.any("complete")),
             take.mapping("own"),
@@ -184,12 +189,12 @@ class Row(NamedTuple):
         """Check a document; raises `DamagedState`."""
         take = Fields(document, where)
         step = take.any("step")
-        if step is not None and type(step) is not int:
+        if step is not None and (type(step) is not int or abs(step) >= _LONGEST):
             raise DamagedState(where, "'step': expected a whole number")
         return cls(
             step,
-            take.text("name"),
-            take.text("path"),
+            _path(take.text("name"), where),
+            _path(take.text("path"), where),
             take.items("files", _file),
             take.items("coefficients", _hexadecimal),
             take.text("missed"),
@@ -267,6 +272,12 @@ def _count(value: Any, where: str) -> int:
     return int(value)
 
 
+def _checksum(value: Any, where: str) -> int:
+    if not _is_count(value) or value >= 1 << 32:
+        raise DamagedState(where, "expected a checksum of 32 bits")
+    return int(value)
+
+
 def _hexadecimal(value: Any, where: str) -> float:
     try:
         return float.fromhex(value)
@@ -279,4 +290,10 @@ def _file(value: Any, where: str) -> tuple[str, int, int, str]:
     if not isinstance(value, list) or [type(item) for item in value] != list(kinds):
         raise DamagedState(where, "expected name, size, time and digest of a file")
     name, size, time, digest = value
-    return name, size, time, digest
+    return _path(name, where), size, time, digest
+
+
+def _path(value: str, where: str) -> str:
+    if "\0" in value:
+        raise DamagedState(where, "expected a name or a path, found a NUL in it")
+    return value

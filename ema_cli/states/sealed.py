@@ -6,12 +6,15 @@ the JSON.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import stat
 from typing import Any
 
 from ema_cli.checksums import crc32c
-from ema_cli.errors import DamagedState, EmaError
-from ema_cli.files import read_small
+from ema_cli.errors import DamagedState, storage_errors
+from ema_cli.text import size
 
 # Of a whole file of sealed lines: a manifest of a million tensors, a ledger of a million lines.
 LIMIT = 1 << 30
@@ -45,7 +48,7 @@ def unseal_all(data: bytes, where: str) -> list[Any]:
 def read(path: str, limit: int = LIMIT) -> tuple[Any, int]:
     """Return the one document in the file `path`, and the CRC-32C of all its bytes.
 
-    Raises `DamagedState`, or `FileNotFoundError` as the cause of one where it is not there.
+    Raises `DamagedState`, also where it is not there.
     """
     data = contents(path, limit)
     documents = unseal_all(data, path)
@@ -55,10 +58,24 @@ def read(path: str, limit: int = LIMIT) -> tuple[Any, int]:
 
 
 def contents(path: str, limit: int = LIMIT) -> bytes:
-    """Return the bytes of a small file of a state; raises `DamagedState` when it is none."""
-    try:
-        return read_small(path, limit)
-    except EmaError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            raise DamagedState(path, "expected a file, found none") from error.__cause__
-        raise
+    """Return the bytes of a small file of a state; raises `DamagedState` when it is none.
+
+    Links are not followed: nobody who wrote into a state chooses what else is read.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with storage_errors(path, "cannot read"):
+        try:
+            fd = os.open(path, flags)
+        except (FileNotFoundError, IsADirectoryError):
+            raise DamagedState(path, "expected a file, found none") from None
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a pipe or a socket
+                raise DamagedState(path, "expected a regular file") from error
+            raise
+        with open(fd, "rb") as file:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise DamagedState(path, "expected a regular file")
+            if status.st_size > limit:
+                raise DamagedState(path, f"expected at most {size(limit)}")
+            return file.read(limit)

@@ -21,11 +21,11 @@ from ema_cli.chunks import Chunks
 from ema_cli.errors import OtherSettings
 from ema_cli.files import stamp_of
 from ema_cli.kernel import Array
-from ema_cli.states import slots, store
+from ema_cli.states import commit, slots
 from ema_cli.states.binding import CLASS, Binding
+from ema_cli.states.commit import Claim, OpenState
 from ema_cli.states.records import Held, Manifest, Row
 from ema_cli.states.slots import Slot
-from ema_cli.states.store import Claim, State
 from ema_cli.tensors import Checkpoint, numpy_dtype
 from ema_cli.text import shorten
 
@@ -50,7 +50,7 @@ class ShadowStore:
     def __init__(self, directory: str, binding: Binding, *, lasting: bool = True) -> None:
         stack = contextlib.ExitStack()
         weakref.finalize(self, stack.close)
-        self.state: State = stack.enter_context(store.writing(directory))
+        self.state: OpenState = stack.enter_context(commit.writing(directory))
         self.close = stack.close
         self._binding = binding
         self._lasting = lasting
@@ -84,6 +84,8 @@ class ShadowStore:
         return self._manifest
 
     def _take(self, manifest: Manifest, number: int) -> None:
+        if manifest is self._manifest:
+            return
         self._manifest, self._number, self._current = manifest, number, None
         self._slot = slots.lay_out(manifest.held)
 
@@ -101,12 +103,17 @@ class ShadowStore:
 
     def commit(self, writer: SlotWriter, own: Mapping[str, Any], row: Row) -> None:
         """Make the generation count that was just written, with what the class keeps of it."""
-        sums = store.checksums_of(writer.slot, writer.made())
+        sums = commit.checksums_of(writer.slot, writer.made())
         held = writer.slot.held
         manifest = Manifest(row.generation, held, sums, None, True, own)
-        if self._lasting:
+        if not self._lasting:
+            self._take(manifest, writer.claim.number)
+            return
+        try:
             self.state.commit(writer.claim, manifest, [row])
-        self._take(manifest, writer.claim.number)
+        finally:  # it may be there although something went wrong after it
+            if self.state.current is not None:
+                self._take(self.state.current.manifest, self.state.current.root.slot)
 
     def read(self, name: str) -> Array:
         """Return the tensor `name` of the current slot as a read-only mapped array."""
@@ -127,7 +134,7 @@ class ShadowStore:
 class SlotWriter:
     """Writes one generation, tensor by tensor. A context that releases the slot."""
 
-    def __init__(self, state: State, slot: Slot, current: int) -> None:
+    def __init__(self, state: OpenState, slot: Slot, current: int) -> None:
         self.slot = slot
         self._state = state
         self._number = current

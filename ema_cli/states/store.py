@@ -1,24 +1,21 @@
-"""A state on disk: which generation counts, and how the next one comes to count.
-
-Two slots, one of which is read while the other is written; ``ROOT``, renamed into place, is the
-only commit point. `docs/durability.md` tells the protocol and why each barrier is there.
-"""
+"""A state on disk: which generation counts, and what it consists of."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import time
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ema_cli import durable
+from ema_cli.blueprint import CHUNK_BYTES
 from ema_cli.checksums import crc32c
-from ema_cli.errors import DamagedState, EmaError, Locked, StorageError, storage_errors
-from ema_cli.files import stamp_of
+from ema_cli.errors import DamagedFile, DamagedState, StorageError, storage_errors
+from ema_cli.files import read_at, stamp_of
+from ema_cli.states import consistency, locks, sealed, slots
 from ema_cli.states import directory as places
-from ema_cli.states import locks, sealed, slots
 from ema_cli.states.binding import Binding
 from ema_cli.states.records import Manifest, Root, Row
 from ema_cli.states.slots import Slot
@@ -52,51 +49,42 @@ class Generation(NamedTuple):
         return [row for row in self.rows if not row.missed]
 
 
-class Claim(NamedTuple):
-    """A slot that is being written: its number, its path, and the descriptor that locks it."""
-
-    number: int
-    path: str
-    fd: int
-
-
 class State:
-    """A directory of shadows, open for reading or for writing; see `reading` and `writing`.
+    """A directory of shadows, open for reading; see `reading`, and `commit.writing`.
 
     Attributes:
         path: of the directory.
         current: the generation that counts, or None before the first.
-        renaming: whether ``ROOT`` may have been replaced without our knowing: then no slot may be
-            touched before the state is opened again.
     """
 
-    def __init__(self, path: str, *, lock: int = -1) -> None:
+    def __init__(self, path: str) -> None:
         self.path = path
         self.current: Generation | None = None
-        self.renaming = False
-        self._lock = lock
         self._root: bytes = b""
-        self._epoch: int | None = None
-        self._binding = 0  # the CRC-32C of its file
 
     def place(self, name: str) -> str:
         """Return the path of a file of the state."""
         return os.path.join(self.path, name)
 
     def slot_stamp(self) -> Stamp:
-        """Return the slot that counts, its size checked. Raises `DamagedState`."""
+        """Return the slot that counts, its size and head checked. Raises `DamagedState`."""
         assert self.current is not None  # noqa: S101  # asked only where there is one
-        path = self.place(places.slot_name(self.current.root.slot))
-        try:
-            found = stamp_of(path)
-        except EmaError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                raise DamagedState(path, "expected a slot, found none") from error
-            raise
+        path = self.slot_path(self.current.root.slot)
+        with storage_errors(path, "cannot open"):
+            try:
+                mode = os.lstat(path).st_mode
+            except FileNotFoundError:
+                raise DamagedState(path, "expected a slot, found none") from None
+        if not stat.S_ISREG(mode):
+            raise DamagedState(path, "expected a slot, found something else")
+        found = stamp_of(path)
         if found.size != self.current.slot.nbytes:
             raise DamagedState(
                 path, f"expected {self.current.slot.nbytes:,} bytes, found {found.size:,}"
             )
+        head = self.current.slot.head
+        if read_at(path, 0, len(head)) != head:
+            raise DamagedState(path, "expected the tensors that the manifest lists")
         return found
 
     def slot_path(self, number: int) -> str:
@@ -123,17 +111,14 @@ class State:
         manifest = Manifest.from_json(self._sealed(name, root.manifest), self.place(name))
         if manifest.generation != root.generation:
             raise DamagedState(self.place(name), "expected the manifest of another generation")
+        bound = Binding.from_json(binding, self.place(places.PLAN))
+        consistency.check_held(manifest.held, bound, self.place(name))
         slot = slots.lay_out(manifest.held)
-        if len(manifest.checksums) != len(slots.chunk_ends(slot.nbytes)):
+        if len(manifest.checksums) != -(-slot.nbytes // CHUNK_BYTES):
             raise DamagedState(self.place(name), "expected one checksum for each chunk")
-        self.current = Generation(
-            root,
-            Binding.from_json(binding, self.place(places.PLAN)),
-            manifest,
-            self._ledger(root),
-            slot,
-        )
-        self._binding = root.plan
+        rows = self._ledger(root)
+        consistency.check_rows(rows, bound, self.place(places.LEDGER))
+        self.current = Generation(root, bound, manifest, rows, slot)
 
     def _sealed(self, name: str, crc: int) -> Any:
         path = self.place(name)
@@ -149,223 +134,12 @@ class State:
             raise DamagedState(path, f"expected {n_bytes:,} bytes with checksum {crc:08x}")
         return tuple(Row.from_json(row, path) for row in sealed.unseal_all(data, path))
 
-    # ------------------------------------------------------------------ writing
-
-    def begin(self, binding: Binding) -> None:
-        """Write down what is averaged, before the first generation."""
-        data = sealed.seal(binding.to_json())
-        places.replace(self.path, places.PLAN, data)
-        self._binding = crc32c(data)
-
-    def claim(self, slot: Slot, taken: int | None = None) -> Claim:
-        """Return a slot that nobody reads, of the right size and with its head written.
-
-        It keeps the bytes that a killed process wrote there, if it has this layout; else it is a
-        new file: who mapped the old one keeps what he has. `taken` is the slot that counts, where
-        no ``ROOT`` tells it.
-        """
-        if taken is None:
-            taken = self.current.root.slot if self.current else -1
-        numbers = places.slot_numbers(self.path)
-        for number in [n for n in numbers if n != taken]:
-            path = self.place(places.slot_name(number))
-            fd = self._claimed(path, slot)
-            if fd is not None:
-                return Claim(number, path, fd)
-        number = next(n for n in range(len(numbers) + 1) if n not in numbers)
-        path = self.place(places.slot_name(number))
-        return Claim(number, path, self._made(path, slot))
-
-    def _claimed(self, path: str, slot: Slot) -> int | None:
-        """Return the locked spare slot, or None where somebody reads it or it has another size."""
-        with storage_errors(path, "cannot open"):
-            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            if not locks.lock(fd, exclusive=True):
-                if locks.lock(fd, exclusive=False):
-                    os.close(fd)
-                    return None  # a reader
-                raise Locked(
-                    f"{shorten(path, 1000)}: another process writes to this state",
-                    "wait for it, or stop it",
-                )
-            self._check_alone()  # or this is the slot that counts by now
-            if os.fstat(fd).st_size == slot.nbytes and self._begins(fd, slot):
-                return fd
-            durable.remove(path)
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
-        return self._made(path, slot)
-
-    def _begins(self, fd: int, slot: Slot) -> bool:
-        return os.pread(fd, len(slot.head), 0) == slot.head
-
-    def _made(self, path: str, slot: Slot) -> int:
-        with storage_errors(path, "cannot create"):
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            fd = os.open(path, flags, 0o600)
-        try:
-            locks.lock(fd, exclusive=True)
-            durable.reserve(fd, slot.nbytes, path)
-            durable.write_exact(fd, slot.head, 0, path)
-        except BaseException:
-            os.close(fd)
-            durable.remove(path)
-            raise
-        return fd
-
-    def reserve(self, slot: Slot) -> None:
-        """Make both slots, so that a full disk is found before any work."""
-        for name in map(places.slot_name, (0, 1)):
-            if not durable.exists(self.place(name)):
-                os.close(self._made(self.place(name), slot))
-
-    def commit(
-        self,
-        claim: Claim,
-        manifest: Manifest,
-        rows: Sequence[Row],
-    ) -> None:
-        """Make the generation count that was written to a slot; it does once this returns.
-
-        The order of the barriers is the promise: everything that ``ROOT`` will tell of is durable,
-        names too, before ``ROOT`` is.
-        """
-        try:
-            self._commit(claim, manifest, rows)
-        except StorageError:
-            if not self.renaming:
-                self._check_alone()  # what went wrong may have been another process
-            raise
-        self.clean()
-
-    def _commit(self, claim: Claim, manifest: Manifest, rows: Sequence[Row]) -> None:
-        durable.sync(claim.fd, claim.path)
-        self._check_alone()
-        ledger = self._append(rows)
-        name = places.manifest_name(manifest.generation)
-        document = sealed.seal(manifest.to_json())
-        places.replace(self.path, name, document, lasting=False)
-        durable.sync_directory(self.path)
-        root = Root(
-            self.current.root.uuid if self.current else uuid.uuid4().hex,
-            self._next_epoch(),
-            manifest.generation,
-            claim.number,
-            self._binding,
-            crc32c(document),
-            ledger,
-        )
-        # Who reads the new ROOT finds its slot free to be read.
-        locks.lock(claim.fd, exclusive=False)
-        self._replace_root(root)
-
-    def record(self, rows: Sequence[Row]) -> None:
-        """Add lines to the ledger without a new generation of shadows: what was missed."""
-        assert self.current is not None  # noqa: S101  # there is something to miss it
-        self._check_alone()
-        root = self.current.root._replace(epoch=self._next_epoch(), ledger=self._append(rows))
-        self._replace_root(root)
-
-    def _replace_root(self, root: Root) -> None:
-        """Replace ``ROOT``; from the rename on nobody can tell which a power cut would leave."""
-        staged = places.stage(self.path, places.ROOT, sealed.seal(root.to_json()))
-        self._check_alone()
-        self.renaming = True
-        with storage_errors(self.place(places.ROOT), "cannot write"):
-            os.rename(staged, self.place(places.ROOT))
-        durable.sync_directory(self.path)
-        self.load()
-        self.renaming = False
-
-    def _next_epoch(self) -> int:
-        if self._epoch is None:
-            self._epoch = (self.current.root.epoch if self.current else 0) + 1
-        return self._epoch
-
-    def _append(self, rows: Sequence[Row]) -> tuple[int, int]:
-        """Append lines to what counts of the ledger, durably; returns its new length and CRC."""
-        path = self.place(places.LEDGER)
-        n_bytes, crc = self.current.root.ledger if self.current else (0, 0)
-        data = b"".join(sealed.seal(row.to_json()) for row in rows)
-        with storage_errors(path, "cannot write"):
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            fd = os.open(path, flags, 0o600)
-            try:
-                os.ftruncate(fd, n_bytes)
-                durable.write_exact(fd, data, n_bytes, path)
-                durable.sync(fd, path)
-            finally:
-                os.close(fd)
-        return n_bytes + len(data), crc32c(data, crc)
-
-    def _check_alone(self) -> None:
-        """Raise `Locked` when another process may have written since the lock was taken."""
-        path = self.place(places.ROOT)
-        now = sealed.contents(path, places.ROOT_LIMIT) if durable.exists(path) else b""
-        if now != self._root or not locks.is_named(self._lock, self.place(places.LOCK)):
-            raise Locked(
-                f"{shorten(self.path, 1000)}: another process has written to this state, or its "
-                "lock was removed",
-                "give the same command again",
-            )
-
-    def clean(self) -> None:
-        """Remove what no longer counts, unless somebody may read it. Nothing depends on this."""
-        if self.current is None:
-            return
-        root = self.current.root
-        with contextlib.suppress(OSError, EmaError):
-            if self._read_by_others(root.slot):
-                return
-            for name in os.listdir(self.path):
-                if places.is_stale(name, root.generation):
-                    durable.remove(self.place(name))
-            spares = [n for n in places.slot_numbers(self.path) if n != root.slot]
-            for number in spares[1:]:
-                durable.remove(self.place(places.slot_name(number)))
-
-    def _read_by_others(self, current: int) -> bool:
-        for number in places.slot_numbers(self.path):
-            if number != current:
-                fd = os.open(self.place(places.slot_name(number)), os.O_RDWR | os.O_NOFOLLOW)
-                try:
-                    if not locks.lock(fd, exclusive=True):
-                        return True
-                finally:
-                    os.close(fd)
-        return False
-
 
 def _only(data: bytes, path: str) -> Any:
     documents = sealed.unseal_all(data, path)
     if len(documents) != 1:
         raise DamagedState(path, f"expected one line, found {len(documents)}")
     return documents[0]
-
-
-@contextlib.contextmanager
-def writing(path: str) -> Iterator[State]:
-    """Open a state for writing, or begin one, and hold its lock.
-
-    Raises `Locked`, `DamagedState`, `UnsupportedInput` for one of another version, `OutputExists`
-    for a directory that holds something else.
-    """
-    places.prepare(path)
-    lock = locks.acquire(os.path.join(path, places.LOCK))
-    try:
-        places.check_format(path, create=True)
-        state = State(path, lock=lock)
-        state.load()
-        if state.current is not None:
-            state.slot_stamp()
-        places.remove_unfinished(path)
-        state.clean()
-        yield state
-    finally:
-        os.close(lock)
 
 
 @contextlib.contextmanager
@@ -383,7 +157,8 @@ def reading(path: str) -> Iterator[State]:
         try:
             fd = _held(state)
             if fd >= 0:
-                yield state
+                with damage_told(path):
+                    yield state
                 return
         finally:
             if fd >= 0:
@@ -391,14 +166,28 @@ def reading(path: str) -> Iterator[State]:
     raise StorageError(f"{shorten(path, 1000)}: changes faster than it can be opened")
 
 
+@contextlib.contextmanager
+def damage_told(path: str) -> Iterator[None]:
+    """Tell a damaged file of the state as what it is; links to checkpoints are none of its own."""
+    try:
+        yield
+    except DamagedFile as error:
+        file, reason, tensor = error.args
+        inside = os.path.relpath(file, path).split(os.sep)
+        if inside[0] in (os.pardir, places.PINS):
+            raise
+        about = "" if tensor is None else f"tensor '{shorten(tensor)}': "
+        raise DamagedState(file, about + reason) from error
+
+
 def _held(state: State) -> int:
     """Load a state and lock its slot against being written; -1 when it moved on meanwhile."""
     path = state.place(places.ROOT)
-    before = _root_bytes(path)
+    before = root_bytes(path)
     try:
         state.load()
     except DamagedState:
-        if _root_bytes(path) != before:
+        if root_bytes(path) != before:
             return -1
         raise
     if state.current is None:
@@ -406,20 +195,12 @@ def _held(state: State) -> int:
     slot = state.slot_stamp().path
     with storage_errors(slot, "cannot open"):
         fd = os.open(slot, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    if locks.lock(fd, exclusive=False) and _root_bytes(path) == before:
+    if locks.lock(fd, exclusive=False) and root_bytes(path) == before:
         return fd
     os.close(fd)
     return -1
 
 
-def _root_bytes(path: str) -> bytes:
+def root_bytes(path: str) -> bytes:
+    """Return the bytes of the file ``ROOT`` at `path`, none where it is not there."""
     return sealed.contents(path, places.ROOT_LIMIT) if durable.exists(path) else b""
-
-
-def checksums_of(slot: Slot, made: Mapping[int, int]) -> tuple[int, ...]:
-    """Return the CRC-32C of each chunk of a slot from what was written to it and its head."""
-    ends = slots.chunk_ends(slot.nbytes)
-    found = [made.get(k, 0) for k in range(len(ends))]
-    for k, crc in slots.head_sums(slot.head, ends):
-        found[k] ^= crc
-    return tuple(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,15 @@ OUT = "{average}.safetensors"
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing here is about power cuts."""
     without_barriers(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def bounded() -> Iterator[None]:
+    """A size that is believed shall end the test, not the machine."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @pytest.fixture(scope="module", name="made")

@@ -35,8 +35,8 @@ from ema_cli.checksums import crc32c
 from ema_cli.engine import Progress
 from ema_cli.errors import DamagedState, Locked, OutputExists, UnsupportedInput
 from ema_cli.schedules import schedule
-from ema_cli.states import store
-from ema_cli.states.store import State
+from ema_cli.states import commit, store
+from ema_cli.states.commit import OpenState
 
 SPECS = ["mean", "half-life:150"]
 
@@ -230,7 +230,7 @@ def test_there_is_one_writer(paths: list[Path], tmp_path: Path) -> None:
     """Another is told who it is."""
     state = state_of(tmp_path / "S", paths[:1])
     before = tree(state)
-    with store.writing(str(state)):
+    with commit.writing(str(state)):
         done = cmd("run", paths[1], "--state", state, "--decay", "0.5", code=11)
         assert f"pid {os.getpid()}" in done.err
         assert exported(state, tmp_path / "out")
@@ -239,10 +239,10 @@ def test_there_is_one_writer(paths: list[Path], tmp_path: Path) -> None:
 
 MOMENTS = {
     "before it looks for checkpoints": (runs, "find"),
-    "before it takes a slot": (State, "claim"),
-    "before it writes": (State, "reserve"),
-    "before the ledger": (State, "_append"),
-    "before ROOT": (State, "_check_alone"),
+    "before it takes a slot": (OpenState, "claim"),
+    "before it writes": (OpenState, "reserve"),
+    "before the ledger": (OpenState, "_append"),
+    "before ROOT": (OpenState, "_check_alone"),
 }
 
 
