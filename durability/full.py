@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from durability import checker, mounts
 from durability.checker import Wrong
-from durability.mounts import KINDS, SMALL, TMPFS, XFS, Volume
+from durability.mounts import BLOCK, KINDS, SMALL, TMPFS, XFS, Volume
 from durability.pool import Found, Pool, Report, Wanted, gather, scratch
 from durability.process import Ended
 from durability.scenario import ALONE, BATCH, CREATE, EXPORT, STATE, UPDATES, Scenario, Step
@@ -55,13 +55,24 @@ def _line(count: int, tags: Counter[str]) -> str:
 
 
 def _needed(scenario: Scenario, step: Step) -> int:
-    """Return somewhat more than a step can write."""
-    largest = sum(
-        os.path.getsize(os.path.join(folder, name))
-        for folder, _, names in os.walk(os.path.join(scenario.base, "undisturbed"))
-        for name in names
-    )
-    return largest * 5 // 4 if step.after else largest // 2
+    """Return somewhat more than a step needs besides what is there."""
+    workspace = os.path.join(scenario.base, "needed")
+    scenario.restore(step, workspace)
+    before = _blocks(workspace)
+    scenario.must(step, workspace)
+    added = sum(size for file, size in _blocks(workspace).items() if before.get(file) != size)
+    return added + 16 * BLOCK
+
+
+def _blocks(directory: str) -> dict[tuple[str, int], int]:
+    """Return what each file takes on disk, by its name and inode."""
+    found = {}
+    for folder, folders, names in os.walk(directory):
+        for name in (*folders, *names):
+            path = os.path.join(folder, name)
+            status = os.lstat(path)
+            found[path, status.st_ino] = status.st_blocks * 512
+    return found
 
 
 class _Full:

@@ -7,6 +7,7 @@ it ends.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import shutil
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from durability.pool import BASE, MEMORY
 
 MIB = 1 << 20
+BLOCK = 4096
 _CLONE_NEWNS = 0x00020000
 _MS_PRIVATE_ALL = 0x4000 | 0x40000  # MS_REC, MS_PRIVATE
 _SHUTDOWN = 0x8004587D  # FS_IOC_SHUTDOWN
@@ -126,10 +128,18 @@ class Volume:
     def fill(self, leave: int) -> None:
         """Fill it with a file until about `leave` bytes are free."""
         fd = os.open(os.path.join(self.path, "filler"), os.O_WRONLY | os.O_CREAT)
+        step = max(self.free() - leave, 0) // BLOCK * BLOCK
+        at = 0
         try:
-            needed = self.free() - leave
-            if needed > 0:
-                os.posix_fallocate(fd, 0, needed)
+            while step and self.free() > leave:
+                try:
+                    os.posix_fallocate(fd, at, step)
+                    at += step
+                except OSError as error:
+                    if error.errno != errno.ENOSPC:
+                        raise
+                    step = step // 2 // BLOCK * BLOCK  # some blocks are the file system's own
+                step = min(step, (self.free() - leave) // BLOCK * BLOCK)
         finally:
             os.close(fd)
 

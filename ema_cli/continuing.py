@@ -15,7 +15,7 @@ from ema_cli.destination import check_destination
 from ema_cli.durable import exists, free_bytes
 from ema_cli.engine import Progress
 from ema_cli.errors import Disagreement, UsageError
-from ema_cli.layout import lay_out
+from ema_cli.layout import Wishes, lay_out
 from ema_cli.plan import Costs, Outcome, Plan, Request
 from ema_cli.running import Written, refuse_warnings, run_plan
 from ema_cli.runs import Run
@@ -24,7 +24,7 @@ from ema_cli.states import commit, directory, settings, store
 from ema_cli.states.records import Row
 from ema_cli.states.store import State
 from ema_cli.tensors import Checkpoint
-from ema_cli.text import shorten
+from ema_cli.text import plural, shorten
 from ema_cli.updating import Update
 from ema_cli.warnings import PlanWarning, warnings
 from ema_cli.work import prepare
@@ -77,29 +77,31 @@ def continue_state(
     restart: bool = False,
     executor: Executor | None = None,
     on_event: OnEvent | None = None,
+    on_applied: Callable[[tuple[Row, ...]], None] | None = None,
 ) -> StateResult:
     """Mix the new checkpoints of a run into the state at `path`, and write the output asked for.
 
-    A state that is not there is begun. Nothing new is no error. See `ema_cli.average_run`.
+    A state that is not there is begun. Nothing new is no error. See `ema_cli.average_run`;
+    `on_applied` is told as soon as the new checkpoints are averaged for good.
     """
     started = time.monotonic()
-    settings.check_possible(request)
-    planning.check_output(request)
+    run = _find(request, path)
     with commit.writing(path) as state:
         _check_settings(state, request)
-        run, new, notes = find(state, request)
+        run, new, notes = _seen(state, run)
         update = updating.prepare_update(state, request, run, new) if new else None
         described = describe(state, update) if update else None
         found = warnings(described) if described else []
         if strict:
             refuse_warnings(found, run)
-        read = 0
+        read, applied = 0, _applied(state)
         if update and described:
             if request.output is not None:
                 _check_outputs(described, overwrite=overwrite)
             read = updating.carry_out(state, update, executor, on_event, restart=restart)
-        assert state.current is not None  # noqa: S101  # the run has a checkpoint, or find raised
-        applied = state.current.applied
+            applied = _applied(state)
+            if on_applied is not None:
+                on_applied(tuple(applied[-len(new) :]))
         written, plans, more = _export(state, request, overwrite, executor, on_event)
         return StateResult(
             path,
@@ -116,8 +118,17 @@ def continue_state(
         )
 
 
-def find(state: State, request: Request) -> tuple[Run, tuple[Checkpoint, ...], list[str]]:
-    """Return the run, its checkpoints that are new to a state, and what is odd about the rest."""
+def _applied(state: State) -> list[Row]:
+    """Return what a state has averaged."""
+    return state.current.applied if state.current else []
+
+
+def _find(request: Request, path: str) -> Run:
+    """Return the run asked for, before anything is made for its state at `path`."""
+    if not path:
+        raise UsageError("--state: expected a directory")
+    settings.check_possible(request)
+    planning.check_output(request)
     run = runs.find(request.paths, request.choice)
     if run.counted:
         raise Disagreement(
@@ -125,8 +136,14 @@ def find(state: State, request: Request) -> tuple[Run, tuple[Checkpoint, ...], l
             "name tells none; by their steps a state tells which checkpoints are new",
             "give --step-from 'REGEX' whose first group is the step",
         )
+    return run
+
+
+def _seen(state: State, run: Run) -> tuple[Run, tuple[Checkpoint, ...], list[str]]:
+    """Return the run, its checkpoints that are new to a state, and what is odd about the rest."""
     news = updating.news(state, run)
-    run = dataclasses.replace(run, passed_over=(*run.passed_over, *news.late))
+    late = [entry for _, entry in news.late]
+    run = dataclasses.replace(run, passed_over=(*run.passed_over, *late))
     return run, news.new, list(news.notes)
 
 
@@ -137,8 +154,8 @@ def describe(state: State, update: Update) -> Plan:
     known = [exporting.source_of(row, last.index) for row in rows]
     run = dataclasses.replace(update.run, checkpoints=(*known, *update.new))
     wishes = request.wishes
-    if request.output is None:
-        wishes = dataclasses.replace(wishes, unknown="keep")
+    if request.output is None:  # then nothing has to be sayable in any format
+        wishes = Wishes(name=wishes.name, optimizer=wishes.optimizer, unknown="keep")
     outcomes = []
     for ordinal, average in enumerate(request.averages):
         full = update.schedules[ordinal]
@@ -149,7 +166,9 @@ def describe(state: State, update: Update) -> Plan:
         outcomes.append(Outcome(average, ordinal, weights, last, update.selection, layout))
     nothing = prepare((), (), (), (), request.manner)
     slot = update.holding.slot.nbytes
-    costs = Costs(0, slot, planning.BASE_BYTES, free_bytes(state.path))
+    averaged = sum(tensor.nbytes for tensor in update.selection.averaged)
+    read = averaged * len(update.new) + (state.current.slot.nbytes if state.current else 0)
+    costs = Costs(read, slot, planning.BASE_BYTES, free_bytes(state.path))
     return Plan(request, run, update.schedules, tuple(outcomes), nothing, costs)
 
 
@@ -182,18 +201,19 @@ def _export(
 
 def plan_state(request: Request, path: str) -> Plan:
     """Return what `continue_state` would do, as a plan over all checkpoints of the state."""
-    settings.check_possible(request)
-    planning.check_output(request)
+    run = _find(request, path)
     if not directory.is_state(path) or not exists(os.path.join(path, directory.ROOT)):
-        return _planned(State(path), request)
+        return _planned(State(path), request, run)
     with store.reading(path) as state:
         _check_settings(state, request)
-        return _planned(state, request)
+        return _planned(state, request, run)
 
 
-def _planned(state: State, request: Request) -> Plan:
-    run, new, notes = find(state, request)
-    run = dataclasses.replace(run, notes=(*run.notes, *notes))
+def _planned(state: State, request: Request, run: Run) -> Plan:
+    run, new, notes = _seen(state, run)
+    known = len(_applied(state))
+    told = f"{plural(known, 'checkpoint')} averaged already, {len(new):,} new" if known else ""
+    run = dataclasses.replace(run, notes=(*run.notes, *notes, *([told] if told else [])))
     if new:
         return describe(state, updating.prepare_update(state, request, run, new))
     plans = [exporting.make(state, request, average) for average in request.averages]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -344,7 +345,8 @@ class ExponentialMovingAverage:
 
 def _temporary(owner: object) -> str:
     directory = tempfile.mkdtemp(prefix="ema-avg-")
-    weakref.finalize(owner, shutil.rmtree, directory, ignore_errors=True)
+    remove = functools.partial(shutil.rmtree, directory, ignore_errors=True)
+    weakref.finalize(owner, shadows.in_process(os.getpid(), remove))
     return directory
 
 

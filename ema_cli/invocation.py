@@ -19,7 +19,12 @@ def run_words(request: Request, averages: tuple[Average, ...]) -> list[str]:
 
 
 def setting_words(request: Request) -> list[str]:
-    """Return the options of a request that a state is bound to: what is averaged, and how."""
+    """Return the options of a request that a state is bound to: what is averaged, and how.
+
+    Which of the new checkpoints are taken may change from one update to the next.
+    """
+    choice = Choice(key=request.choice.key)
+    request = dataclasses.replace(request, choice=choice)
     words = _settings(request, request.averages, exact=True)
     for option in ("name", "optimizer"):
         words += _option(option, getattr(request.wishes, option), getattr(Wishes(), option))

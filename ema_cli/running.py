@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
+from ema_cli import durable, provenance, record
 from ema_cli import plan as planning
-from ema_cli import provenance, record
 from ema_cli.announcing import announce
 from ema_cli.destination import check_destination, repair
 from ema_cli.errors import InputError, UsageError
@@ -110,7 +111,8 @@ def run_plan(
     elif not all(same):
         notes = _write(plan, documents, overwrite, restart, executor, on_event)
     for outcome, done in zip(plan.outcomes, same, strict=True):
-        if done:  # also by a process that was killed before it said so
+        if done:  # also by a process that was killed before it said so, or made its name durable
+            durable.sync_directory(os.path.dirname(outcome.layout.path.rstrip("/")))
             notes.extend(announce(outcome.layout, written=False))
     outputs = tuple(
         Written(o.layout.path, "unchanged" if done else "written", o.layout.nbytes)

@@ -79,17 +79,21 @@ class Update:
 
 @dataclass(frozen=True, eq=False)
 class News:
-    """The checkpoints of a run as a state sees them: new, or not newer than its last one."""
+    """The checkpoints of a run as a state sees them: new, or not newer than its last one.
+
+    Of the `late` ones, each with its step, those after the state's first one count as unusable.
+    """
 
     new: tuple[Checkpoint, ...]
-    late: tuple[PassedOver, ...]
+    late: tuple[tuple[int, PassedOver], ...]
     notes: tuple[str, ...]
 
 
 def news(state: State, run: Run) -> News:
     """Return which checkpoints of a run are newer than the last one in the ledger."""
     rows = {row.step: row for row in state.current.rows} if state.current else {}
-    last = max((step for step in rows if step is not None), default=None)
+    steps = [step for step in rows if step is not None]
+    first, last = min(steps, default=0), max(steps, default=None)
     new = [c for c in run.checkpoints if last is None or (c.step or 0) > last]
     late, notes = [], []
     for checkpoint in run.checkpoints:
@@ -99,7 +103,8 @@ def news(state: State, run: Run) -> News:
         if row is None or row.missed:
             reason = f"not newer than step {last:,}, the last one in the state"
             reason += f"; missed then: {row.missed}" if row else ""
-            late.append(PassedOver(checkpoint.path, reason))
+            step = checkpoint.step or 0
+            late.append((step, PassedOver(checkpoint.path, reason, unusable=step > first)))
         elif _named(row.files) != _named(files_of(checkpoint)):
             notes.append(
                 f"{shorten(checkpoint.path, 1000)}: step {checkpoint.step:,} is averaged already, "
@@ -249,7 +254,8 @@ def _compute(
         for (_, chunk), crc in done.made.items():
             made[chunk] = made.get(chunk, 0) ^ crc
 
-    with executor_of(executor, work.manner.workers) as pool, spilled(work, state.path) as ready:
+    inside = state.place("update")
+    with executor_of(executor, work.manner.workers) as pool, spilled(work, inside) as ready:
         if not restart and log.resume():
             count = log.check(engine.tasks(ready, [claim.path]))
             done = f"resuming: {len(log.done):,} of {plural(count, 'range')} done"

@@ -25,6 +25,7 @@ from ema_cli.readiness import NEVER, Lookout, Lost, Sight
 from ema_cli.reports import Applied, Looked, Missed, OnReport, Published, Report, WatchResult
 from ema_cli.running import OnEvent, Written
 from ema_cli.runs import Run
+from ema_cli.search import PassedOver
 from ema_cli.states import commit, settings
 from ema_cli.states.commit import OpenState
 from ema_cli.states.records import Row, files_of
@@ -64,7 +65,7 @@ def watch_run(
     lookout.expect(pinning.left(path))  # while they are there
     with commit.writing(path) as state:
         if state.current is not None:
-            settings.check_same(state.current.binding, request, path)
+            settings.check_same(state.current.binding, request, path, "watch")
         mixer = Mixer(state, request, executor, on_event, lookout.refuse)
         publisher = Publisher(
             state,
@@ -194,7 +195,7 @@ class _Watch:
             news = updating.news(self._state, sight.run)
             notes = self._new((note, note) for note in (*sight.run.notes, *news.notes))
             passed = [*self._new((f"{e.path}: {e.reason}", e) for e in sight.run.passed_over)]
-            passed += self._new((f"late: {entry.path}", entry) for entry in news.late)
+            passed += self._late(news)
             run = dataclasses.replace(run, notes=tuple(notes), passed_over=tuple(passed))
         waiting = tuple(self._new((line, line) for line in sight.waiting))
         if run.notes or run.passed_over or waiting:
@@ -204,6 +205,16 @@ class _Watch:
             self._missed.append(missed)
             self._unrecorded.append(lost)
             self._tell(missed)
+
+    def _late(self, news: updating.News) -> list[PassedOver]:
+        """Tell what came too late, each once; returns what is from before the state's first."""
+        late = self._new((f"late: {entry.path}", (step, entry)) for step, entry in news.late)
+        for step, entry in late:
+            if entry.unusable:
+                missed = Missed(step, entry.path, entry.reason)
+                self._missed.append(missed)
+                self._tell(missed)
+        return [entry for _, entry in late if not entry.unusable]
 
     def _new(self, told: Iterable[tuple[str, T]]) -> list[T]:
         """Return the values whose keys were not told before."""

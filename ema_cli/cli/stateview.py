@@ -8,20 +8,34 @@ from ema_cli.text import command, percent, plural, printable, shorten, size
 from ema_cli.views import Cell, Out
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ema_cli.continuing import StateResult
+    from ema_cli.states.records import Row
     from ema_cli.states.summary import StateSummary
 
 
 def continued(out: Out, arguments: dict[str, Any]) -> int:
     """Carry out ``ema-avg run --state``; returns the exit code."""
-    from ema_cli import api
+    from ema_cli import asked
     from ema_cli.cli import planview
+    from ema_cli.continuing import continue_state
+
+    state = arguments.pop("state")
+    given = {name: arguments.pop(name) for name in ("overwrite", "strict", "restart")}
+
+    def tell(rows: Sequence[Row]) -> None:
+        out.end_progress()
+        steps = span([row.step or 0 for row in rows])
+        out.line(f"applied  {plural(len(rows), 'checkpoint')}  {steps}  {printable(state)}")
+        out.flush()
 
     try:
-        result = api.average_run(**arguments, on_event=out.progress)
+        result = continue_state(
+            asked.request(**arguments), state, **given, on_event=out.progress, on_applied=tell
+        )
     finally:
         out.end_progress()
-    assert not hasattr(result, "plan")  # noqa: S101  # with a state it is a StateResult
     planview.passed_over(out, result.run)
     for warning in result.warnings:
         out.warning(*warning)
@@ -33,14 +47,11 @@ def continued(out: Out, arguments: dict[str, Any]) -> int:
 
 
 def _tell(out: Out, result: StateResult) -> None:
+    from ema_cli import record
     from ema_cli.cli import planview
 
-    where = printable(result.state)
-    if result.applied:
-        steps = span([row.step or 0 for row in result.applied])
-        out.line(f"applied  {plural(len(result.applied), 'checkpoint')}  {steps}  {where}")
-    else:
-        out.line(f"unchanged  step {result.step:,}  {where}")
+    if not result.applied:
+        out.line(f"unchanged  step {result.step:,}  {printable(result.state)}")
     for plan, written in zip(result.plans, result.outputs, strict=True):
         planview.written(out, plan, plan.outcomes[0], written)
     out.say(
@@ -61,6 +72,7 @@ def _tell(out: Out, result: StateResult) -> None:
         read_bytes=result.read,
         seconds=result.seconds,
         unusable=[entry.path for entry in result.unusable],
+        passed_over=record.passed_over(result.run),
     )
 
 

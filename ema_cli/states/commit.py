@@ -247,6 +247,9 @@ def writing(path: str) -> Iterator[OpenState]:
         places.check_format(path, create=True)
         state = OpenState(path, lock)
         state.load()
+        # Its name may have been given by a process that was killed before this: what ROOT tells
+        # of counts only now, and what it does not tell of may go.
+        durable.sync_directory(path)
         if state.current is not None:
             state.slot_stamp()
         places.remove_unfinished(path)

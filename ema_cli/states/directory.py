@@ -101,9 +101,9 @@ def prepare(path: str) -> None:
                 raise OutputExists(
                     f"{shorten(path, 1000)}: expected a directory for the state, found a file"
                 ) from None
-        else:
-            durable.sync_directory(os.path.dirname(os.path.abspath(path)))
         found = set(os.listdir(path))
+        if ROOT not in found:  # it may have been made by a process that got no further
+            durable.sync_directory(os.path.dirname(os.path.abspath(path)))
     if is_state(path):
         return
     if ROOT in found and FORMAT in found:
@@ -159,5 +159,5 @@ def remove_unfinished(path: str) -> None:
     """Remove what a killed process left half-written; the writer's lock is held."""
     with storage_errors(path, "cannot repair"):
         for name in os.listdir(path):
-            if name.endswith(_TEMPORARY) or name == PINS:
+            if name.endswith(_TEMPORARY) or name == PINS or durable.is_temporary(name):
                 durable.remove(os.path.join(path, name))

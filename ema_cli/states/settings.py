@@ -57,8 +57,11 @@ def check_possible(request: Request) -> None:
             )
 
 
-def check_same(binding: Binding, request: Request, path: str) -> None:
-    """Raise `OtherSettings` unless `request` asks for what the state at `path` is bound to."""
+def check_same(binding: Binding, request: Request, path: str, word: str = "run") -> None:
+    """Raise `OtherSettings` unless `request` asks for what the state at `path` is bound to.
+
+    The hint is the `ema-avg` command called `word`.
+    """
     words = binding.settings
     if not isinstance(words, tuple):
         raise OtherSettings(
@@ -72,13 +75,14 @@ def check_same(binding: Binding, request: Request, path: str) -> None:
         for option in dict.fromkeys((*mine, *given))
         if mine.get(option) != given.get(option)
     ]
+    output = [] if request.output is None else ["-o", request.output]
     if not differences and list(words) != wanted:  # values that look like options
         differences = [f"the state has {command(*words)}, asked for {command(*wanted)}"]
     if differences:
         raise OtherSettings(
             f"{shorten(path, 1000)}: the state belongs to other settings: "
             + "; ".join(shorten(line, 500) for line in differences),
-            command("ema-avg", "run", *request.paths, "--state", path, *words),
+            command("ema-avg", word, *request.paths, "--state", path, *words, *output),
         )
 
 

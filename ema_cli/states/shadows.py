@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from ema_cli import durable
 from ema_cli.chunks import Chunks
-from ema_cli.errors import OtherSettings
+from ema_cli.errors import Locked, OtherSettings
 from ema_cli.files import stamp_of
 from ema_cli.kernel import Array
 from ema_cli.states import commit, slots
@@ -49,9 +49,10 @@ class ShadowStore:
 
     def __init__(self, directory: str, binding: Binding, *, lasting: bool = True) -> None:
         stack = contextlib.ExitStack()
-        weakref.finalize(self, stack.close)
-        self.state: OpenState = stack.enter_context(commit.writing(directory))
-        self.close = stack.close
+        self._process = os.getpid()
+        weakref.finalize(self, in_process(self._process, stack.close))
+        # Wherever the program goes, it is this directory.
+        self.state: OpenState = stack.enter_context(commit.writing(os.path.abspath(directory)))
         self._binding = binding
         self._lasting = lasting
         self._current: Checkpoint | None = None
@@ -98,7 +99,15 @@ class ShadowStore:
         return self._current
 
     def write(self, held: Sequence[Held]) -> SlotWriter:
-        """Return a writer for the next generation, which counts once it is committed."""
+        """Return a writer for the next generation, which counts once it is committed.
+
+        A forked process has a copy of this object and of its locks, but not the right to write.
+        """
+        if os.getpid() != self._process:
+            raise Locked(
+                f"{shorten(self.state.path, 1000)}: opened by another process, which was forked",
+                "make an ExponentialMovingAverage in the process that uses it",
+            )
         return SlotWriter(self.state, slots.lay_out(held), self._number)
 
     def commit(self, writer: SlotWriter, own: Mapping[str, Any], row: Row) -> None:
@@ -164,6 +173,16 @@ class SlotWriter:
     def made(self) -> dict[int, int]:
         """Return what was written to each chunk, by its checksum."""
         return {chunk: crc for (_, chunk), crc in self._chunks.made().items()}
+
+
+def in_process(process: int, function: Callable[[], None]) -> Callable[[], None]:
+    """Return a function that does nothing in another process than `process`."""
+
+    def call() -> None:
+        if os.getpid() == process:
+            function()
+
+    return call
 
 
 def held(name: str, part: str, spec: tuple[Any, tuple[int, ...]], variable: str = "") -> Held:

@@ -86,6 +86,7 @@ def test_run_in_json() -> None:
         "outputs": [],
         "read_bytes": 144,
         "unusable": [],
+        "passed_over": [],
     }
     again = result(cmd("run", "run", *STATE, "--json", "-o", "x.npz"))
     assert {k: v for k, v in again.items() if first[k] != v} == {
@@ -252,7 +253,7 @@ def test_inspect_of_a_state_of_the_class() -> None:
 def test_nothing_hostile_reaches_the_terminal() -> None:
     """Names of checkpoints and tensors come from files."""
     for step in (300, 400):
-        path = Path("odd") / f"\x1b[2J\nname-{step}.safetensors"
+        path = Path("odd") / f"\x1b[2J\nstep-{step}.safetensors"
         write_checkpoint(path, {**values(1), "\x1b[31m": np.float32([1])})
     for words in (
         ("run", "odd", "--state", "O", "--name", "\x1b]0;x\x07", "-v"),

@@ -212,7 +212,7 @@ def test_a_state_makes_what_a_run_makes(
         out = f"out{ending}"
         expected = made(writing(run, {**case.average, **look}), tmp_path / "run" / str(k) / out)
         for state in list(states.values())[: 1 if k else 3]:
-            found = made(exporting(state, look), tmp_path / state.name / "out" / str(k) / out)
+            found = made(exporting(state, look), tmp_path / f"of {state.name}" / str(k) / out)
             assert kind(found) == kind(expected), (ending, found, expected)
             assert found == expected or isinstance(found, str), ending
         assert k or not isinstance(expected, str), expected

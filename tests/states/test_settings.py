@@ -35,6 +35,7 @@ from ema_cli.errors import DamagedState, Disagreement, OtherSettings, UsageError
 from ema_cli.invocation import setting_words
 from ema_cli.plan import Request
 from ema_cli.states import sealed, settings
+from ema_cli.states.binding import RUN, Binding
 
 
 @pytest.fixture(autouse=True)
@@ -92,17 +93,6 @@ DIFFERENCES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {**EMA, "zero_debias": True},
         EMA,
         "--zero-debias: the state has given, asked for none",
-    ),
-    "steps": (
-        {**EMA, "steps": "1:"},
-        {**EMA, "steps": "2:"},
-        "--steps: the state has 1:, asked for 2:",
-    ),
-    "glob": (EMA, {**EMA, "glob": "m*"}, "--glob: the state has none, asked for m*"),
-    "step_from": (
-        {**EMA, "step_from": r"-(\d)"},
-        EMA,
-        r"--step-from: the state has -(\d), asked for none",
     ),
     "chosen": (
         {**EMA, "select": [("exclude", "bias")]},
@@ -184,6 +174,20 @@ def test_several_differences_are_all_told(tmp_path: Path) -> None:
     for option in ("--average", "--decay", "--statistics", "--name", "--non-finite"):
         assert f"{option}: the state has" in done.err
     assert done.err.count("error: ") == 1
+
+
+def test_the_hint_keeps_what_was_chosen(tmp_path: Path) -> None:
+    """Which new checkpoints are taken is no setting, and none of the hint's business."""
+    run, state = tmp_path / "run", tmp_path / "S"
+    write_steps(run, [1, 2])
+    update(state, run, decay=0.5)
+    write_steps(run, [3, 4, 5, 6])
+    chosen = {"glob": "model-[3-6]*", "steps": "4::2", "step_from": r"model-(\d)"}
+    with pytest.raises(OtherSettings) as caught:
+        update(state, run, decay=0.9, output=tmp_path / "x.npz", **chosen)
+    words = shlex.split(caught.value.hint)
+    assert parsed(words[2:])["output"] == str(tmp_path / "x.npz")
+    assert cmd(*words[1:]).out.startswith("applied  2 checkpoints  steps 4 to 6")
 
 
 def test_how_an_output_looks_may_change(tmp_path: Path) -> None:
@@ -321,12 +325,18 @@ def request_of(keywords: Mapping[str, Any]) -> Request:
     return request
 
 
+def bound(request: Request) -> Binding:
+    """Return what a state is bound to that was begun by a request."""
+    labels = tuple(average.label for average in request.averages)
+    return Binding(RUN, tuple(setting_words(request)), labels, {})
+
+
 def meaning(request: Request) -> tuple[Any, ...]:
     """Return what of a request decides about the bits of a state."""
     averages = [(a.label, a.family, a.num_updates, a.init, a.zero_debias) for a in request.averages]
     wishes = request.wishes
     return (
-        *(averages, request.choice, request.rules, request.statistics, request.shadow_dtype),
+        *(averages, request.choice.key, request.rules, request.statistics, request.shadow_dtype),
         *(request.like, request.non_finite, wishes.name, wishes.optimizer),
     )
 
@@ -336,12 +346,12 @@ def test_settings_come_back(keywords: dict[str, Any]) -> None:
     """From words, from the file they stand in, and from a command line."""
     request = request_of(keywords)
     words = setting_words(request)
-    line = sealed.seal({"settings": words})
-    told = sealed.unseal(line[:-1], "plan")["settings"]
-    found = settings.request_of(settings.words_of({"settings": told}, "plan"), "plan")
+    line = sealed.seal(bound(request).to_json())
+    told = Binding.from_json(sealed.unseal(line[:-1], "plan"), "plan")
+    found = settings.bound(told, "plan")
     assert meaning(found) == meaning(request)
     assert setting_words(found) == words
-    settings.check_same({"settings": told}, request, "S")
+    settings.check_same(told, request, "S")
     try:
         of_command = asked.request(**parsed(["RUN", *words]))
     except click.UsageError as error:  # what a terminal cannot pass on
@@ -353,12 +363,12 @@ def test_settings_come_back(keywords: dict[str, Any]) -> None:
 def test_other_settings_are_never_taken(one: dict[str, Any], other: dict[str, Any]) -> None:
     """Whatever they look like in words."""
     first, second = request_of(one), request_of(other)
-    plan = {"settings": setting_words(first)}
-    if meaning(first) == meaning(second) and plan["settings"] == setting_words(second):
-        settings.check_same(plan, second, "S")
+    if setting_words(first) == setting_words(second):
+        assert meaning(first) == meaning(second)
+        settings.check_same(bound(first), second, "S")
     else:
         with pytest.raises(OtherSettings, match="the state has"):
-            settings.check_same(plan, second, "S")
+            settings.check_same(bound(first), second, "S")
 
 
 @pytest.mark.parametrize(
@@ -371,10 +381,10 @@ def test_other_settings_are_never_taken(one: dict[str, Any], other: dict[str, An
 )
 def test_words_that_look_like_others(one: list[Any], other: list[Any]) -> None:
     """Patterns may hold spaces and the names of options."""
-    plan = {"settings": setting_words(asked.request(decay=0.5, select=one))}
-    settings.check_same(plan, asked.request(decay=0.5, select=one), "S")
+    first, second = (asked.request(decay=0.5, select=pairs) for pairs in (one, other))
+    settings.check_same(bound(first), first, "S")
     with pytest.raises(OtherSettings):
-        settings.check_same(plan, asked.request(decay=0.5, select=other), "S")
+        settings.check_same(bound(first), second, "S")
 
 
 def test_odd_names_go_all_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,7 +406,7 @@ def test_odd_names_go_all_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert cmd(*again[1:]).out.startswith("unchanged")
     inspected = cmd("inspect", "S")
     bound = next(line for line in inspected.err.splitlines() if line.startswith("bound to "))
-    assert shlex.split(bound.removeprefix("bound to "))[:2] == ["--glob", "m-*"]
+    assert shlex.split(bound.removeprefix("bound to "))[:2] == ["--average", "-l-=mean"]
 
 
 # ---------------------------------------------------------------------------- hostile plans

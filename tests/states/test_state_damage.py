@@ -137,7 +137,7 @@ def test_a_file_cut_anywhere_is_found(name: str, small: Path, tmp_path: Path) ->
 
 # Four chunks: the first average lies in two, the second in two, and copies in two.
 PARTS = {
-    "head": (10, {"ema-0.5"}),
+    "head": (10, set()),
     "the first average": (5000, {"ema-0.5"}),
     "a chunk of both": ((5 << 20) + 1, set()),
     "a chunk of the second and of copies": (9 << 20, set()),
@@ -208,7 +208,7 @@ def test_a_flipped_bit_of_a_slot_is_not_mixed_in(offset: int, large: Path, tmp_p
         assert slot_of(state).name in str(error)
         assert tree(state)["ROOT"] == before
     else:
-        assert offset < 0 or offset < 4096
+        assert offset < 0
         update(sound, large.parent / "r", **given)
         assert slot_of(state).read_bytes() == slot_of(sound).read_bytes()
 
@@ -231,7 +231,7 @@ def test_every_flipped_byte_of_the_structure_is_found(tmp_path: Path) -> None:
         try:
             assert exported(state, tmp_path / "out", names="variable") == expected
         except AssertionError as error:
-            assert "DamagedFile" in str(error)
+            assert "Damaged" in str(error)
             found += 1
     held = 100 * 4
     assert abs(found - (len(good) - held) // 3) <= 1

