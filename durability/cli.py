@@ -20,6 +20,7 @@ HARNESSES = (
 )
 NEEDED = {"strace": "strace", "mkfs.ext4": "e2fsprogs", "mkfs.xfs": "xfsprogs", "mount": "mount"}
 QUICK = 20
+SHOWN = int(os.environ.get("SHOWN", "20"))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -63,10 +64,10 @@ def run_one(name: str, wanted: Wanted) -> Report:
 def show(report: Report) -> None:
     """Print what a harness found."""
     print(f"{report.name}: {report.line} ({report.seconds:.0f} s)", flush=True)
-    for failure in report.failures[:20]:
+    for failure in report.failures[:SHOWN]:
         print(f"  FAILED {failure}", flush=True)
-    if len(report.failures) > 20:
-        print(f"  and {len(report.failures) - 20} more", flush=True)
+    if len(report.failures) > SHOWN:
+        print(f"  and {len(report.failures) - SHOWN} more", flush=True)
 
 
 def main() -> int:

@@ -32,7 +32,7 @@ def setting_words(request: Request) -> list[str]:
 
 
 def _settings(request: Request, averages: tuple[Average, ...], *, exact: bool) -> list[str]:
-    words = [*_choice(request.choice), *_averages(averages, exact=exact)]
+    words = [*choice_words(request.choice), *_averages(averages, exact=exact)]
     for rule in request.rules:
         words += ["--include" if rule.include else "--exclude", rule.pattern]
     ours = request.like == Request((), None, ()).like
@@ -46,7 +46,8 @@ def _option(name: str, value: object, default: object) -> list[str]:
     return [] if value == default else [f"--{name.replace('_', '-')}", str(value)]
 
 
-def _choice(choice: Choice) -> list[str]:
+def choice_words(choice: Choice) -> list[str]:
+    """Return the options that choose checkpoints."""
     words: list[str] = []
     if choice.steps is not None:
         start, stop, stride = ("" if n is None else str(n) for n in choice.steps)

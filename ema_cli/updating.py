@@ -98,7 +98,7 @@ def news(state: State, run: Run) -> News:
     late, notes = [], []
     for checkpoint in run.checkpoints:
         row = rows.get(checkpoint.step)
-        if checkpoint in new or last is None:
+        if last is None or (checkpoint.step or 0) > last:
             continue
         if row is None or row.missed:
             reason = f"not newer than step {last:,}, the last one in the state"
@@ -152,7 +152,13 @@ def prepare_update(state: State, request: Request, run: Run, new: Sequence[Check
             "average the checkpoints of another training in a state of their own",
         )
     complete = current.manifest.complete if current else is_whole(wishes, last, selection)
-    held = holding.hold(request, selection, complete=complete)
+    indexes = {id(c.index): c.index for c in new}.values()
+    shared: list[Mapping[str, object]] = [
+        {name: tensor[2:] for name, tensor in index.by_name.items()} for index in indexes
+    ]
+    if current is not None:
+        shared.append(current.slot.names)
+    held = holding.hold(request, selection, shared, complete=complete)
     rows = current.applied if current else []
     steps = [row.step or 0 for row in rows] + [c.step or 0 for c in new]
     names = [row.name for row in rows] + [c.name for c in new]

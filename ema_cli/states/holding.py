@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ema_cli import kernel
@@ -30,28 +30,38 @@ class Holding(NamedTuple):
     removed: frozenset[str]
 
 
-def hold(request: Request, selection: Selection, *, complete: bool) -> Holding:
+def hold(
+    request: Request,
+    selection: Selection,
+    shared: Sequence[Mapping[str, object]],
+    *,
+    complete: bool,
+) -> Holding:
     """Return what a slot holds of the last checkpoint that `selection` is about.
 
     Args:
         request: with the averages.
         selection: of the last checkpoint.
+        shared: of each new checkpoint, and of the slot before, where each tensor lies. What is one
+            in all of them is averaged once.
         complete: whether optimizer state and what stands beside the model are held.
     """
     copies = [choice.tensor for choice in selection.copied]
     beside = [*selection.optimizer, *selection.beside]
-    held = [*_shadows(request, selection), *_copies(copies + (beside if complete else []))]
+    held = [*_shadows(request, selection, shared), *_copies(copies + (beside if complete else []))]
     kept = {name for one in held for name in one.variables}
     gone = {tensor.name for tensor in (*selection.replaced, *([] if complete else beside))}
     return Holding(slots.lay_out(held), frozenset(kept | gone))
 
 
-def _shadows(request: Request, selection: Selection) -> Iterator[Held]:
+def _shadows(
+    request: Request, selection: Selection, shared: Sequence[Mapping[str, object]]
+) -> Iterator[Held]:
     single = len(request.averages) == 1
     for average, asked in enumerate(request.averages):
         prefix = "" if single else f"{asked.label}/"
         for part in (AVERAGE, BIASED) if asked.zero_debias else (AVERAGE,):
-            for names, tensor in _tied(selection.averaged):
+            for names, tensor in _tied(selection.averaged, shared):
                 name = prefix + tensor.name
                 if part == BIASED:
                     name = f"{shadow_of(name, request.wishes.name)}/biased"
@@ -64,12 +74,15 @@ def shadow_dtype(dtype: DType, choice: str) -> DType:
     return DTYPES[kernel.shadow_dtype(dtype.name, choice)]
 
 
-def _tied(tensors: Iterable[Tensor]) -> Iterator[tuple[list[str], Tensor]]:
-    """Yield each tensor with all names under which it is stored, once."""
+def _tied(
+    tensors: Iterable[Tensor], shared: Sequence[Mapping[str, object]] = ()
+) -> Iterator[tuple[list[str], Tensor]]:
+    """Yield each tensor with all names under which it is stored, here and wherever is `shared`."""
     found: dict[object, tuple[list[str], Tensor]] = {}
     for tensor in tensors:
         alone = not tensor.nbytes or tensor.slices
-        key = tensor.name if alone else (tensor.dtype.name, *tensor[2:])
+        others = tuple(places.get(tensor.name) for places in shared)
+        key = tensor.name if alone else (tensor.dtype.name, tensor[2:], others)
         found.setdefault(key, ([], tensor))[0].append(tensor.name)
     yield from found.values()
 

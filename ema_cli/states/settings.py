@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 from ema_cli import asked
 from ema_cli.averages import Average, Ema, LearningRate, Weights
 from ema_cli.errors import DamagedState, EmaError, OtherSettings, UsageError
-from ema_cli.invocation import setting_words
+from ema_cli.invocation import choice_words, setting_words
 from ema_cli.layout import Wishes
 from ema_cli.plan import Request
 from ema_cli.schedules import Schedule, schedule
@@ -75,6 +76,7 @@ def check_same(binding: Binding, request: Request, path: str, word: str = "run")
         for option in dict.fromkeys((*mine, *given))
         if mine.get(option) != given.get(option)
     ]
+    chosen = choice_words(dataclasses.replace(request.choice, key=None))
     output = [] if request.output is None else ["-o", request.output]
     if not differences and list(words) != wanted:  # values that look like options
         differences = [f"the state has {command(*words)}, asked for {command(*wanted)}"]
@@ -82,7 +84,7 @@ def check_same(binding: Binding, request: Request, path: str, word: str = "run")
         raise OtherSettings(
             f"{shorten(path, 1000)}: the state belongs to other settings: "
             + "; ".join(shorten(line, 500) for line in differences),
-            command("ema-avg", word, *request.paths, "--state", path, *words, *output),
+            command("ema-avg", word, *request.paths, "--state", path, *chosen, *words, *output),
         )
 
 

@@ -35,6 +35,16 @@ class Slot(NamedTuple):
         """Size of the file."""
         return len(self.head) + sum(extent.nbytes for extent in self.extents)
 
+    @property
+    def names(self) -> dict[str, str]:
+        """For each averaged variable, the tensor it is held in; tied ones have one."""
+        return {
+            variable: held.name
+            for held in self.held
+            if held.part == AVERAGE and held.average == 0
+            for variable in held.variables
+        }
+
     def places(self, parts: Collection[str], average: int) -> dict[str, Tensor]:
         """Return where the tensors of some parts of an average lie, by what they stand for.
 
