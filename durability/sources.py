@@ -111,7 +111,7 @@ class _Sources:
                 return ended
 
     def _watched(self, here: str, trainer: int, course: Course) -> list[Ended]:
-        from ema_cli import readiness
+        from ema_cli.live import readiness
 
         def hasten() -> None:
             readiness.QUIET_SECONDS = QUIET

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
         restore_map,
         watch,
     )
-    from ema_cli.auditing import verify
     from ema_cli.ema import ExponentialMovingAverage
     from ema_cli.errors import EmaError
+    from ema_cli.verification.auditing import verify
 
 __all__ = [
     "EmaError",
@@ -43,7 +43,7 @@ __all__ = [
 _HOMES = {
     "EmaError": "ema_cli.errors",
     "ExponentialMovingAverage": "ema_cli.ema",
-    "verify": "ema_cli.auditing",
+    "verify": "ema_cli.verification.auditing",
 }
 
 

@@ -231,6 +231,7 @@ def _check_settings(state: State, request: Request) -> None:
     """Raise `OtherSettings` when a state is bound to others than those asked for."""
     if state.current is not None:
         settings.check_same(state.current.binding, request, state.path)
+        settings.bound(state.current.binding, state.place(directory.PLAN))
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from conformance import CASES, bytes_of, make
 from helpers import write_checkpoint
 
 import ema_cli
-from ema_cli.reports import Applied, Missed, Report, WatchResult
+from ema_cli.live.reports import Applied, Missed, Report, WatchResult
 
 QUIET = 0.1
 PATIENCE = 20.0
@@ -29,7 +29,7 @@ QUICK = {"interval": 0.02, "decay": 0.9}
 # What a process of its own does: the constants are for people, not for tests.
 CHILD = f"""
 import sys, time
-from ema_cli import readiness, watching
+from ema_cli.live import readiness, watching
 watching.SHORTEST_INTERVAL = 0.01
 readiness.QUIET_SECONDS, readiness.GRACE_SECONDS = {QUIET}, 1.0
 from ema_cli.cli import entry

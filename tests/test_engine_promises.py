@@ -93,7 +93,9 @@ def test_what_a_copy_overwrites_is_not_read(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [{"w": constant(k)} for k in (np.nan, 2.0, 6.0)])
     output = tmp_path / "out.safetensors"
     result = ema_cli.average_run(run, output, decay=0)
-    assert [Path(stamp.path).name for stamp in result.plan.work.inputs] == ["model-step-300.safetensors"]
+    assert [Path(stamp.path).name for stamp in result.plan.work.inputs] == [
+        "model-step-300.safetensors"
+    ]
     assert read_checkpoint(output)[f"w{SHADOW}"].tolist() == [6.0] * 10
 
 

@@ -14,7 +14,7 @@ from helpers import write_checkpoint
 
 from ema_cli import formats
 from ema_cli.errors import DamagedFile, InputChanged, InputError, NonFinite
-from ema_cli.pinning import Pins, remove_all
+from ema_cli.live.pinning import Pins, remove_all
 from ema_cli.states import skeleton
 from ema_cli.tensors import Checkpoint
 

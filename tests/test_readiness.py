@@ -13,11 +13,11 @@ from helpers import write_checkpoint
 from run_folders import step_files, step_folders
 from tensorflow_bundles import write_bundle
 
-from ema_cli import readiness
 from ema_cli.errors import Disagreement, UsageError
-from ema_cli.listing import list_files
-from ema_cli.publishing import is_due
-from ema_cli.readiness import GRACE_SECONDS, NEVER, QUIET_SECONDS, Lookout, Sight
+from ema_cli.live import readiness
+from ema_cli.live.listing import list_files
+from ema_cli.live.publishing import is_due
+from ema_cli.live.readiness import GRACE_SECONDS, NEVER, QUIET_SECONDS, Lookout, Sight
 from ema_cli.search import Choice
 from ema_cli.states import commit
 from ema_cli.states.records import Row

@@ -17,9 +17,9 @@ from forging import WISHES, files_of, flipped, forge, output, provenance_of, sou
 from helpers import cmd, write_run
 
 import ema_cli
-from ema_cli import comparing
 from ema_cli.engine import Progress
 from ema_cli.errors import InputError, UsageError
+from ema_cli.verification import comparing
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 

@@ -19,8 +19,9 @@ from helpers import cmd, write_checkpoint, write_run
 from tensorflow_bundles import tensorflow_run
 
 import ema_cli
-from ema_cli import checking, files
+from ema_cli import files
 from ema_cli.errors import InputChanged, InputError
+from ema_cli.verification import checking
 
 VALUES = [
     {"a": np.float32([k, 2]), "b": np.float32([3, -k]), "n": np.int32([k])} for k in (1, 2, 3)

@@ -15,9 +15,10 @@ from helpers import cmd, write_checkpoint
 from live import QUIET, Live, Training
 
 import ema_cli
-from ema_cli import readiness, updating, watching
+from ema_cli import updating
 from ema_cli.formats import FORMATS
-from ema_cli.reports import Applied, Dropped, Published
+from ema_cli.live import readiness, watching
+from ema_cli.live.reports import Applied, Dropped, Published
 from ema_cli.states import store
 
 OUT = "out-{step}.safetensors"

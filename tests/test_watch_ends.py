@@ -16,9 +16,9 @@ from helpers import cmd, write_checkpoint
 from live import QUIET, STUCK, Live, Training, child, values_of
 
 import ema_cli
-from ema_cli import readiness, watching
 from ema_cli.errors import EmaError
-from ema_cli.reports import Applied, Dropped
+from ema_cli.live import readiness, watching
+from ema_cli.live.reports import Applied, Dropped
 from ema_cli.states import store
 
 OUT = "out-{step}.safetensors"

@@ -9,10 +9,10 @@ from concurrent.futures import Executor
 
 from ema_cli import asked
 from ema_cli.asked import Select
+from ema_cli.live.reports import OnReport, WatchResult
+from ema_cli.live.watching import Rhythm, watch_run
 from ema_cli.naming import SHADOW_NAME
-from ema_cli.reports import OnReport, WatchResult
 from ema_cli.running import OnEvent
-from ema_cli.watching import Rhythm, watch_run
 
 
 def watch(
@@ -95,7 +95,7 @@ def watch(
         executor: any `concurrent.futures.Executor`; threads when None.
         on_event: called with `Progress` events.
         on_report: called with what is applied, published, missed or dropped, as it happens; see
-            `ema_cli.reports`.
+            `ema_cli.live.reports`.
         stop: set it to end the watch after what it is doing.
 
     Raises:

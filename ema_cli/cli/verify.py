@@ -11,7 +11,7 @@ from ema_cli.cli.options import Command
 from ema_cli.text import plural, printable, shorten, size
 
 if TYPE_CHECKING:
-    from ema_cli.auditing import Verified
+    from ema_cli.verification.auditing import Verified
 
 
 @click.command(
@@ -43,9 +43,9 @@ def verify(path: str, **given: Any) -> int:
     status 3 says that nothing is wrong, but that the sources are gone or others by now. Or it is
     a state, of which every checksum, the ledger and the plan are checked.
     """
-    from ema_cli import auditing
     from ema_cli.cli import stateview
     from ema_cli.states.summary import StateSummary
+    from ema_cli.verification import auditing
 
     out = options.way_out(given)
     try:

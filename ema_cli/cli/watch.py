@@ -13,7 +13,7 @@ from ema_cli.cli.stateview import span
 from ema_cli.text import plural, printable, shorten, size
 
 if TYPE_CHECKING:
-    from ema_cli.reports import Applied, Looked, Missed, Published, Report, WatchResult
+    from ema_cli.live.reports import Applied, Looked, Missed, Published, Report, WatchResult
     from ema_cli.views import Out
 
 RESUME = "the same command goes on where this one stopped"

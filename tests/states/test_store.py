@@ -37,6 +37,7 @@ from ema_cli.errors import DamagedState, Locked, OutputExists, UnsupportedInput
 from ema_cli.schedules import schedule
 from ema_cli.states import commit, store
 from ema_cli.states.commit import OpenState
+from ema_cli.states.records import Row
 
 SPECS = ["mean", "half-life:150"]
 
@@ -286,6 +287,28 @@ def test_a_lock_that_was_removed(
     assert ema_cli.inspect(state).step == 500
 
 
+def test_a_ledger_that_another_process_went_on_with(
+    paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever tells of a missed checkpoint takes no slot; his line is not cut off either."""
+    state = state_of(tmp_path / "S", paths[:1])
+    real = updating.skeleton.keep
+    row = Row(150, "m", "m", (), (), "it was gone", 1)
+
+    def late(*given: Any) -> Any:
+        (state / "LOCK").unlink()
+        with commit.writing(str(state)) as other:
+            other.record([row])
+        return real(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ema_cli.states.skeleton.keep", late)
+        with pytest.raises(Locked):
+            update(state, paths, decay=0.5)
+    assert [found.step for found in ema_cli.inspect(state).rows] == [100, 150]
+    assert update(state, paths, decay=0.5).checkpoints == 5
+
+
 # ---------------------------------------------------------------------------- what was left
 
 
@@ -347,7 +370,7 @@ def test_what_does_not_count_is_cleared_away(paths: list[Path], tmp_path: Path) 
     before = what_counts(state)
     row = {**documents(state, "ledger")[0], "step": 350}
     with open(state / "ledger", "ab") as file:
-        file.write(sealed(row) + sealed(row)[:40])
+        file.write(sealed(row) * 5 + sealed(row)[:40])
     for name in ("ROOT.tmp", "manifest-4.tmp", "plan.tmp", "manifest-2", "manifest-4", "progress"):
         (state / name).write_bytes(b"rubbish\n")
     for name in ("last-2", "last-4"):

@@ -7,13 +7,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 from ema_cli import provenance, spilling
-from ema_cli.checking import Stretches, Summed
 from ema_cli.checksums import CRC32
-from ema_cli.claims import DamagedOutput, Output
 from ema_cli.errors import DamagedFile
 from ema_cli.formats import FORMATS
 from ema_cli.tensors import Extent
 from ema_cli.text import shorten
+from ema_cli.verification.checking import Stretches, Summed
+from ema_cli.verification.claims import DamagedOutput, Output
 from ema_cli.verifying import check_sums
 
 # Tensors that are named where bytes of several are damaged.

@@ -12,8 +12,8 @@ from ema_cli.destination import exists
 from ema_cli.errors import OutputExists, UsageError
 from ema_cli.formats import FORMATS, foreign, safetensors
 from ema_cli.layout import output_format
+from ema_cli.live.reports import Published
 from ema_cli.plan import Plan, Request
-from ema_cli.reports import Published
 from ema_cli.running import OnEvent, RunResult, run_plan
 from ema_cli.states.records import Row
 from ema_cli.states.store import State

@@ -12,17 +12,18 @@ from concurrent.futures import Executor
 
 import numpy as np
 
-from ema_cli import checking, engine, executing, files, verifying
+from ema_cli import engine, executing, files, verifying
 from ema_cli.blueprint import COPY, Entry
-from ema_cli.checking import BLOCK_ELEMENTS, Difference, block_of, blocks_of
-from ema_cli.claims import DamagedOutput
 from ema_cli.errors import EmaError, InputError
 from ema_cli.plan import BLOCK_ELEMENTS as ENGINE_BLOCK
 from ema_cli.plan import block_elements
-from ema_cli.recomputing import Again, NotRecomputed
 from ema_cli.regions import byte_strides, stored_boxes
 from ema_cli.tasks import Piece, Task
 from ema_cli.tensors import DType, Tensor, numpy_dtype, swap_width
+from ema_cli.verification import checking
+from ema_cli.verification.checking import BLOCK_ELEMENTS, Difference, block_of, blocks_of
+from ema_cli.verification.claims import DamagedOutput
+from ema_cli.verification.recomputing import Again, NotRecomputed
 from ema_cli.work import Work
 
 # However small the share, so many blocks are recomputed.

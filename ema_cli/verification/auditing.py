@@ -8,18 +8,19 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from ema_cli import checking, comparing, engine, files, machine, summing
+from ema_cli import engine, files, machine
 from ema_cli.asked import check_workers
-from ema_cli.checking import Stretches, Summed
-from ema_cli.claims import Output, opened
 from ema_cli.engine import Progress
 from ema_cli.errors import UsageError
 from ema_cli.executing import executor_of
-from ema_cli.recomputing import Again, NotRecomputed, again
 from ema_cli.states.directory import is_state
 from ema_cli.states.summary import StateSummary
 from ema_cli.states.summary import check as check_state
 from ema_cli.text import shorten
+from ema_cli.verification import checking, comparing, summing
+from ema_cli.verification.checking import Stretches, Summed
+from ema_cli.verification.claims import Output, opened
+from ema_cli.verification.recomputing import Again, NotRecomputed, again
 
 _SHARE = re.compile(r"(\d{1,3}(?:\.\d{1,9})?)\s*%")
 

@@ -15,13 +15,13 @@ from typing import Any
 from ema_cli import plan as planning
 from ema_cli import record, replay, spilling
 from ema_cli.blueprint import COPY, File, Layout, entry_of
-from ema_cli.claims import DamagedOutput, Output
 from ema_cli.errors import DamagedFile, Disagreement, InputError, NothingToAverage, UsageError
 from ema_cli.files import read_at
 from ema_cli.formats import FORMATS, read, tensorflow
 from ema_cli.ranges import Copy, Destination
 from ema_cli.tensors import NO_FILE, Checkpoint, Stamp, Tensor
 from ema_cli.text import shorten
+from ema_cli.verification.claims import DamagedOutput, Output
 from ema_cli.version import __version__
 from ema_cli.work import Manner, Work, prepare
 

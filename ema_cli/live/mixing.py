@@ -15,9 +15,9 @@ from concurrent.futures import Executor
 from ema_cli import continuing, formats, updating
 from ema_cli.errors import DamagedState, EmaError, InputChanged, InputError, UnsupportedInput
 from ema_cli.formats.sidefiles import refuse_quantized
-from ema_cli.pinning import Pins
+from ema_cli.live.pinning import Pins
+from ema_cli.live.reports import Applied, Dropped
 from ema_cli.plan import Request
-from ema_cli.reports import Applied, Dropped
 from ema_cli.running import OnEvent
 from ema_cli.runs import Run
 from ema_cli.states.commit import OpenState

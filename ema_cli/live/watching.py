@@ -15,14 +15,15 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ema_cli import pinning, updating
 from ema_cli import plan as planning
+from ema_cli import updating
 from ema_cli.errors import UsageError
-from ema_cli.mixing import Mixer
+from ema_cli.live import pinning
+from ema_cli.live.mixing import Mixer
+from ema_cli.live.publishing import Publisher, check_output
+from ema_cli.live.readiness import NEVER, Lookout, Lost, Sight
+from ema_cli.live.reports import Applied, Looked, Missed, OnReport, Published, Report, WatchResult
 from ema_cli.plan import Request
-from ema_cli.publishing import Publisher, check_output
-from ema_cli.readiness import NEVER, Lookout, Lost, Sight
-from ema_cli.reports import Applied, Looked, Missed, OnReport, Published, Report, WatchResult
 from ema_cli.running import OnEvent, Written
 from ema_cli.runs import Run
 from ema_cli.search import PassedOver

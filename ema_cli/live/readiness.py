@@ -16,7 +16,7 @@ from typing import NamedTuple
 from ema_cli import runs
 from ema_cli.errors import Disagreement, EmaError, InputError, NothingToAverage
 from ema_cli.formats import folders, tensorflow
-from ema_cli.listing import Files, Signature, list_files
+from ema_cli.live.listing import Files, Signature, list_files
 from ema_cli.runs import Run
 from ema_cli.search import NUMBERED_FOLDER, Choice, PassedOver, search
 from ema_cli.states.directory import is_state

@@ -1,0 +1,1 @@
+"""Following a live training run."""

@@ -1,0 +1,1 @@
+"""Whether an output still is what was written, and what its sources give."""
