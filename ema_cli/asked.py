@@ -69,6 +69,8 @@ def request(
         unknown=unknown,
     )
     check_workers(workers)
+    if output is not None and not os.fspath(output):
+        raise UsageError("-o: expected where the result goes")
     averages = specs.parse_averages(
         average,
         None if decay is None else str(decay),

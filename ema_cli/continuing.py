@@ -45,7 +45,8 @@ class StateResult:
         plans: of the outputs.
         outputs: one per average, in order; none without an output.
         warnings: those of the update.
-        notes: what was odd, or could not be promised.
+        notes: what was odd.
+        promises: what could not be promised of the outputs.
         read: bytes of tensor data read from checkpoints and the slot.
         seconds: wall clock time.
     """
@@ -59,6 +60,7 @@ class StateResult:
     outputs: tuple[Written, ...]
     warnings: tuple[PlanWarning, ...]
     notes: tuple[str, ...]
+    promises: tuple[str, ...]
     read: int
     seconds: float
 
@@ -77,12 +79,14 @@ def continue_state(
     restart: bool = False,
     executor: Executor | None = None,
     on_event: OnEvent | None = None,
+    on_planned: Callable[[Run, Sequence[PlanWarning], Sequence[str]], None] | None = None,
     on_applied: Callable[[tuple[Row, ...]], None] | None = None,
 ) -> StateResult:
     """Mix the new checkpoints of a run into the state at `path`, and write the output asked for.
 
     A state that is not there is begun. Nothing new is no error. See `ema_cli.average_run`;
-    `on_applied` is told as soon as the new checkpoints are averaged for good.
+    `on_planned` is told what was found before the work, and `on_applied` as soon as the new
+    checkpoints are averaged for good.
     """
     started = time.monotonic()
     run = _find(request, path)
@@ -94,6 +98,8 @@ def continue_state(
         found = warnings(described) if described else []
         if strict:
             refuse_warnings(found, run)
+        if on_planned is not None:
+            on_planned(run, found, notes)
         read, applied = 0, _applied(state)
         if update and described:
             if request.output is not None:
@@ -112,7 +118,8 @@ def continue_state(
             tuple(plans),
             tuple(written),
             tuple(found),
-            (*notes, *more),
+            tuple(notes),
+            tuple(more),
             read,
             time.monotonic() - started,
         )
@@ -277,6 +284,7 @@ def export_state(
             output=request.output,
             wishes=wishes,
             workers=request.workers,
+            non_finite=request.non_finite,
         )
         planning.check_output(asked)
         written, plans, notes = _export(state, asked, overwrite, executor, on_event)

@@ -190,6 +190,7 @@ def export(
     max_shard_size: str | int | None = None,
     optimizer: str = "auto",
     unknown: str = "refuse",
+    non_finite: str = "error",
     overwrite: bool = False,
     workers: int | None = None,
     executor: Executor | None = None,
@@ -210,6 +211,7 @@ def export(
         max_shard_size: e.g. ``"5GB"``; for folders.
         optimizer: ``auto``, ``keep`` or ``drop`` optimizer state.
         unknown: ``refuse``, ``keep`` or ``drop`` objects in a pickle that are no plain data.
+        non_finite: ``error`` or ``allow``.
         overwrite: replace an existing output.
         workers: threads; default from affinity and cgroup limits.
         executor: any `concurrent.futures.Executor`; threads when None.

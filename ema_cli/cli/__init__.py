@@ -216,6 +216,8 @@ def _report(error: EmaError, *, as_json: bool) -> int:
         out.flush()
     except BrokenPipeError:
         _silence_stdout()
+    except OSError:
+        pass  # nobody can be told; the exit code still can
     return error.exit_code
 
 

@@ -14,7 +14,7 @@ from ema_cli.cli.options import Command
     cls=Command,
     short_help="Write the average of a state as a checkpoint.",
     example="ema-avg export shadows -o average-{step}.safetensors",
-    codes=(3, 11, 13, 14),
+    codes=(11, 13, 14, 17),
 )
 @click.argument("state", metavar="STATE", type=click.Path())
 @click.option(
@@ -35,6 +35,7 @@ from ema_cli.cli.options import Command
     help="Which average, where the state has several; all without it.",
 )
 @options.look_options
+@options.non_finite_option
 @options.overwrite_option
 @options.workers_option
 @options.common_options

@@ -233,6 +233,15 @@ input_options = _apply(
     ]
 )
 
+non_finite_option = _option(
+    "Average",
+    "--non-finite",
+    type=click.Choice(("error", "allow")),
+    default="error",
+    show_default=True,
+    help="What NaN or infinity in the result is.",
+)
+
 average_options = _apply(
     [
         _option(
@@ -298,14 +307,7 @@ average_options = _apply(
             show_default=True,
             help="Whose arithmetic: torch as AveragedModel, keras as use_ema, bit for bit.",
         ),
-        _option(
-            "Average",
-            "--non-finite",
-            type=click.Choice(("error", "allow")),
-            default="error",
-            show_default=True,
-            help="What NaN or infinity in the result is.",
-        ),
+        non_finite_option,
     ]
 )
 

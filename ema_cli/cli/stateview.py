@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ema_cli.continuing import StateResult
+    from ema_cli.runs import Run
     from ema_cli.states.records import Row
     from ema_cli.states.summary import StateSummary
+    from ema_cli.warnings import PlanWarning
 
 
 def continued(out: Out, arguments: dict[str, Any]) -> int:
@@ -24,6 +26,13 @@ def continued(out: Out, arguments: dict[str, Any]) -> int:
     state = arguments.pop("state")
     given = {name: arguments.pop(name) for name in ("overwrite", "strict", "restart")}
 
+    def planned(run: Run, warnings: Sequence[PlanWarning], notes: Sequence[str]) -> None:
+        planview.passed_over(out, run)
+        for warning in warnings:
+            out.warning(*warning)
+        for note in notes:
+            out.say(f"note: {note}")
+
     def tell(rows: Sequence[Row]) -> None:
         out.end_progress()
         steps = span([row.step or 0 for row in rows])
@@ -32,14 +41,16 @@ def continued(out: Out, arguments: dict[str, Any]) -> int:
 
     try:
         result = continue_state(
-            asked.request(**arguments), state, **given, on_event=out.progress, on_applied=tell
+            asked.request(**arguments),
+            state,
+            **given,
+            on_event=out.progress,
+            on_planned=planned,
+            on_applied=tell,
         )
     finally:
         out.end_progress()
-    planview.passed_over(out, result.run)
-    for warning in result.warnings:
-        out.warning(*warning)
-    for note in result.notes:
+    for note in result.promises:
         out.say(f"note: {note}")
     _tell(out, result)
     out.flush()

@@ -23,7 +23,7 @@ RESUME = "the same command goes on where this one stopped"
     cls=Command,
     short_help="Average a training while it goes on.",
     example="ema-avg watch train_dir --state shadows -o average-{step}.safetensors",
-    codes=(3, 11, 13, 14, 16, 17),
+    codes=(3, 10, 11, 13, 14, 16, 17),
 )
 @click.argument("run", metavar="RUN", type=click.Path())
 @click.option(
@@ -144,6 +144,7 @@ class _Told:
 
     def _looked(self, report: Looked) -> None:
         from ema_cli.cli import planview
+        from ema_cli.live.readiness import NOT_THERE
 
         if self._first:
             planview.passed_over(self._out, report.run)
@@ -154,7 +155,8 @@ class _Told:
                 self._out.detail(f"passed over: {shorten(entry.path, 1000)}: {entry.reason}")
         self._first = self._first and not (report.run.passed_over or report.run.notes)
         for line in report.waiting:
-            self._out.detail(f"waiting: {line}")
+            whole = line.endswith(NOT_THERE)  # perhaps a mistake, which would wait for ever
+            (self._out.say if whole else self._out.detail)(f"waiting: {line}")
 
     def _applied(self, report: Applied) -> None:
         for warning in report.warnings:

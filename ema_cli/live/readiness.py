@@ -24,6 +24,8 @@ from ema_cli.steps import compile_step_from, step_from_name
 from ema_cli.tensors import Checkpoint
 from ema_cli.text import shorten
 
+# What is told of a run whose directory is not made yet.
+NOT_THERE = "not there yet"
 # How long nothing about a checkpoint's files has changed before it is read.
 QUIET_SECONDS = 2.0
 # How long a damaged one is waited for although newer ones are complete; and how long a run may
@@ -109,7 +111,7 @@ class Lookout:
         """Look at the run; `last` is the newest step that is averaged or lost already."""
         files = list_files(self._root, self._depth, self._state)
         if files is None:
-            return Sight(waiting=(f"{shorten(self._root, 1000)}: not there yet",))
+            return Sight(waiting=(f"{shorten(self._root, 1000)}: {NOT_THERE}",))
         found = None
         if self._is_due(files):
             try:
