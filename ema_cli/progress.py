@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ema_cli import durable
-from ema_cli.errors import DamagedState, storage_errors
+from ema_cli.errors import DamagedState, StorageError, storage_errors
 from ema_cli.readback import is_intact
 from ema_cli.states import sealed
 from ema_cli.tasks import Cloned, Done, Part, Task, Unit
