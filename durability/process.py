@@ -121,9 +121,11 @@ class Ended:
     @property
     def summary(self) -> str:
         """One line for a report."""
-        hung = self.code == -HUNG
-        last = self.err.strip().splitlines()[-12 if hung else -3 :]
-        how = "hung" if hung else f"exit {self.code}"
+        lines = self.err.strip().splitlines()
+        last, how = lines[-3:], f"exit {self.code}"
+        if self.code == -HUNG:
+            frames = [k for k, line in enumerate(lines) if line.startswith("Current thread")]
+            last, how = lines[frames[-1] if frames else 0 :][:12], "hung"
         return f"{how}: {' | '.join(last)}"
 
 

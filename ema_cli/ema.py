@@ -15,6 +15,7 @@ import numpy as np
 
 from ema_cli import kernel
 from ema_cli.errors import Disagreement, UsageError
+from ema_cli.formats import safetensors
 from ema_cli.naming import SHADOW_NAME, lowered, shadow_of, unique_name
 from ema_cli.reading import ArrayReader, Source, TensorReader, Values
 from ema_cli.schedules import debias_factor, local_step, one_minus_decay
@@ -183,7 +184,10 @@ class ExponentialMovingAverage:
                     f"{describe(*values.specs[name])}"
                 )
         if var_list is None:
-            return dict.fromkeys(values.trainable(self._name))
+            var_list = values.trainable(self._name)
+        for name in var_list if not isinstance(var_list, str) else ():
+            if not safetensors.can_name(name):
+                raise Disagreement(f"{values.where}: a store cannot hold '{shorten(name)}'")
         if isinstance(var_list, str):
             raise TypeError("var_list: expected a list of names, found a str")
         for name in var_list:

@@ -282,6 +282,26 @@ def _told_step(checkpoint: Checkpoint, expression: re.Pattern[str] | None) -> in
     return next((step for step in steps if step is not None), None)
 
 
+def told_step(path: str, root: str, choice: Choice) -> int | None:
+    """Return the step that the names of an entry of a run tell, innermost first.
+
+    None where none does, or where that step is not chosen.
+    """
+    within = os.path.relpath(path, root)
+    within = tensorflow.stem_of(within) or within
+    expression = compile_step_from(choice.step_from)
+    steps = (step_from_name(name, expression) for name in reversed(within.split("/")))
+    step = next((step for step in steps if step is not None), None)
+    return step if step is not None and _chosen(step, choice) else None
+
+
+def _chosen(step: int, choice: Choice) -> bool:
+    """Whether ``--steps`` leaves a step in."""
+    start, stop, stride = choice.steps or (None, None, None)
+    low = start or 0
+    return low <= step and (stop is None or step <= stop) and (step - low) % (stride or 1) == 0
+
+
 def _settle(
     root: str, checkpoints: list[Checkpoint], passed_over: list[PassedOver]
 ) -> tuple[list[Checkpoint], list[PassedOver]]:

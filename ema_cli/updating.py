@@ -27,14 +27,13 @@ from ema_cli.progress import Log
 from ema_cli.ranges import Destination
 from ema_cli.runs import Run
 from ema_cli.schedules import Schedule, drop_overwritten, schedule
-from ema_cli.search import PassedOver
+from ema_cli.search import PassedOver, told_step
 from ema_cli.selection import Selection, check_agreement, check_rules_of, select
-from ema_cli.states import directory, holding, skeleton, slots
+from ema_cli.states import directory, holding, locks, skeleton, slots
 from ema_cli.states.binding import RUN, Binding, difference
 from ema_cli.states.commit import Claim, OpenState, checksums_of
 from ema_cli.states.records import AVERAGE, BIASED, Manifest, Row, files_of, row_of
 from ema_cli.states.store import State
-from ema_cli.steps import step_from_name
 from ema_cli.tasks import Done
 from ema_cli.tensors import Checkpoint
 from ema_cli.text import plural, shorten
@@ -113,7 +112,9 @@ def news(state: State, run: Run) -> News:
     return News(tuple(new), tuple(late), tuple(notes))
 
 
-def missed(state: State, run: Run, new: Sequence[Checkpoint]) -> list[tuple[int, PassedOver]]:
+def missed(
+    state: State, run: Run, request: Request, new: Sequence[Checkpoint]
+) -> list[tuple[int, PassedOver]]:
     """Return what cannot be used, with its step: it could not come in after the `new` ones.
 
     Only a name can tell the step of what cannot be read.
@@ -122,8 +123,9 @@ def missed(state: State, run: Run, new: Sequence[Checkpoint]) -> list[tuple[int,
     known |= {checkpoint.step for checkpoint in run.checkpoints}
     first = max((row.step or 0 for row in state.current.rows), default=-1) if state.current else -1
     found = []
+    root, choice = request.paths[0], request.choice
     for entry in run.passed_over:
-        step = step_from_name(os.path.basename(entry.path)) if entry.unusable else None
+        step = told_step(entry.path, root, choice) if entry.unusable else None
         if step is not None and step not in known and first < step < (new[-1].step or 0):
             found.append((step, entry))
     return sorted(found)
@@ -163,7 +165,7 @@ def prepare_update(state: State, request: Request, run: Run, new: Sequence[Check
     steps = [row.step or 0 for row in rows] + [c.step or 0 for c in new]
     names = [row.name for row in rows] + [c.name for c in new]
     schedules = [schedule(average, steps, names, request.like) for average in request.averages]
-    gone = tuple(missed(state, run, new))
+    gone = tuple(missed(state, run, request, new))
     return Update(
         request, run, tuple(new), tuple(schedules), bound, held, selection, complete, gone
     )
@@ -233,7 +235,7 @@ def carry_out(
         log.remove()
         return work.read
     finally:
-        os.close(claim.fd)
+        locks.release(claim.fd)
 
 
 def _ignore(event: Progress) -> None:

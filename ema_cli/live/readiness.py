@@ -18,9 +18,8 @@ from ema_cli.errors import Disagreement, EmaError, InputError, NothingToAverage
 from ema_cli.formats import folders, tensorflow
 from ema_cli.live.listing import Files, Signature, list_files
 from ema_cli.runs import Run
-from ema_cli.search import NUMBERED_FOLDER, Choice, PassedOver, search
+from ema_cli.search import NUMBERED_FOLDER, Choice, PassedOver, search, told_step
 from ema_cli.states.directory import is_state
-from ema_cli.steps import compile_step_from, step_from_name
 from ema_cli.tensors import Checkpoint
 from ema_cli.text import shorten
 
@@ -97,7 +96,6 @@ class Lookout:
     def __init__(self, root: str, choice: Choice, state: str) -> None:
         self.run = Run(())
         self._root, self._choice, self._state = root, choice, state
-        self._expression = compile_step_from(choice.step_from)
         self._depth = (choice.glob or "").count("/")
         self._files = Files({})
         self._searched: Mapping[str, Signature] | None = None
@@ -208,10 +206,8 @@ class Lookout:
         if not (entry.unusable or soft):
             return None
         within = tensorflow.stem_of(within) or within
-        names = reversed(within.split("/"))
-        steps = (step_from_name(name, self._expression) for name in names)
-        step = next((step for step in steps if step is not None), None)
-        if step is None or not _chosen(step, self._choice):
+        step = told_step(entry.path, self._root, self._choice)
+        if step is None:
             return None
         return Candidate(step, entry.path, within, None, entry.reason, not soft)
 
@@ -260,13 +256,6 @@ class Lookout:
             self._seen.pop(candidate.step, None)
             self._over.add(candidate.step)
         return [Lost(c.step, c.path, c.reason) for c in given_up if c.firm]
-
-
-def _chosen(step: int, choice: Choice) -> bool:
-    """Whether ``--steps`` leaves a step in."""
-    start, stop, stride = choice.steps or (None, None, None)
-    low = start or 0
-    return low <= step and (stop is None or step <= stop) and (step - low) % (stride or 1) == 0
 
 
 def _may_come(path: str) -> bool:

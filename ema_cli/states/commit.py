@@ -67,10 +67,10 @@ class OpenState(State):
             path = self.place(places.slot_name(number))
             fd = self._claimed(path, slot)
             if fd is not None:
-                return Claim(number, path, fd)
+                return Claim(number, path, locks.hold(fd))
         number = next(n for n in range(len(numbers) + 1) if n not in numbers)
         path = self.place(places.slot_name(number))
-        return Claim(number, path, self._made(path, slot))
+        return Claim(number, path, locks.hold(self._made(path, slot)))
 
     def _claimed(self, path: str, slot: Slot) -> int | None:
         """Return the locked spare slot, or None where somebody reads it or it has another size."""
@@ -257,7 +257,7 @@ def writing(path: str) -> Iterator[OpenState]:
         with damage_told(path):
             yield state
     finally:
-        os.close(lock)
+        locks.release(lock)
 
 
 def checksums_of(slot: Slot, made: Mapping[int, int]) -> tuple[int, ...]:

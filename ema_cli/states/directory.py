@@ -73,27 +73,40 @@ def is_stale(name: str, generation: int) -> bool:
     return match is not None and int(match[1]) != generation
 
 
+def was_committed(path: str) -> bool:
+    """Whether a state without ``ROOT`` had one: a creation that was killed leaves generation 1."""
+    with storage_errors(path, "cannot list"):
+        matches = [_GENERATION.fullmatch(name) for name in os.listdir(path)]
+    return any(match and int(match[1]) > 1 for match in matches)
+
+
 def is_state(path: str) -> bool:
-    """Whether a directory is a state, of whatever version. Raises `StorageError`."""
+    """Whether a directory is a state, of whatever version. Raises `StorageError`.
+
+    What has ``ROOT`` and a slot is one, though ``FORMAT`` may be damaged.
+    """
     where = os.path.join(path, FORMAT)
     with storage_errors(where, "cannot look for it"):
         try:
-            if not stat.S_ISREG(os.stat(where).st_mode):
-                return False
+            told = stat.S_ISREG(os.stat(where).st_mode)
         except OSError as error:
-            if error.errno in _NOT_THERE:
-                return False
-            raise
+            if error.errno not in _NOT_THERE:
+                raise
+            told = False
     try:
-        return bytes(read_at(where, 0, len(MAGIC))) == MAGIC
+        if told and bytes(read_at(where, 0, len(MAGIC))) == MAGIC:
+            return True
     except InputError:  # shorter, or not to be read
-        return False
+        pass
+    return all(os.path.isfile(os.path.join(path, name)) for name in (ROOT, slot_name(0), PLAN))
 
 
 def prepare(path: str) -> None:
     """Make the directory of a state; raises `OutputExists` for one that holds something else."""
     with storage_errors(path, "cannot create"):
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        above = durable.make_directories(os.path.dirname(os.path.abspath(path)))
+        for made in above:
+            durable.sync_directory(os.path.dirname(made))
         try:
             os.mkdir(path, 0o700)
         except FileExistsError:
@@ -105,9 +118,9 @@ def prepare(path: str) -> None:
         if ROOT not in found:  # it may have been made by a process that got no further
             durable.sync_directory(os.path.dirname(os.path.abspath(path)))
     if is_state(path):
+        if ROOT in found and FORMAT not in found:
+            raise DamagedState(os.path.join(path, FORMAT), "expected a file, found none")
         return
-    if ROOT in found and FORMAT in found:
-        raise DamagedState(os.path.join(path, FORMAT), f"expected {VERSION_LINE!r}")
     if foreign := sorted(found - {FORMAT, FORMAT + _TEMPORARY, LOCK}):
         raise OutputExists(
             f"{shorten(path, 1000)}: expected a state or an empty directory, found "

@@ -16,6 +16,7 @@ from ema_cli.files import read_small
 from ema_cli.text import printable, shorten
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+_held: set[int] = set()
 _FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 
@@ -38,7 +39,7 @@ def acquire(path: str) -> int:
                 if is_named(fd, path):
                     os.ftruncate(fd, 0)
                     os.pwrite(fd, f"pid {os.getpid()}\n".encode("ascii"), 0)
-                    return fd
+                    return hold(fd)
             except BaseException:
                 os.close(fd)
                 raise
@@ -81,6 +82,28 @@ def lock(fd: int, *, exclusive: bool) -> bool:
         if exclusive or error.errno not in _NO_LOCKS:
             raise
     return True
+
+
+def hold(fd: int) -> int:
+    """Keep a locked descriptor from living on in forked processes; returns it."""
+    _held.add(fd)
+    return fd
+
+
+def release(fd: int) -> None:
+    """Close a descriptor, which gives its lock back."""
+    _held.discard(fd)
+    os.close(fd)
+
+
+def _forget() -> None:
+    """Close the copies that a forked process has: they would hold our locks after our death."""
+    while _held:
+        with contextlib.suppress(OSError):
+            os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def is_named(fd: int, path: str) -> bool:

@@ -18,10 +18,10 @@ import numpy as np
 
 from ema_cli import durable
 from ema_cli.chunks import Chunks
-from ema_cli.errors import Locked, OtherSettings
+from ema_cli.errors import Locked, OtherSettings, StorageError
 from ema_cli.files import stamp_of
 from ema_cli.kernel import Array
-from ema_cli.states import commit, slots
+from ema_cli.states import commit, locks, slots
 from ema_cli.states.binding import CLASS, Binding
 from ema_cli.states.commit import Claim, OpenState
 from ema_cli.states.records import Held, Manifest, Row
@@ -59,11 +59,19 @@ class ShadowStore:
         self._manifest: Manifest | None = None
         self._number = -1
         self._slot: Slot | None = None
+        try:
+            self._open()
+        except BaseException:
+            stack.close()
+            raise
+
+    def _open(self) -> None:
+        """Take up what the state holds, or begin it."""
         if self.state.current is not None:
             self._check_same(self.state.current.binding)
             self._take(self.state.current.manifest, self.state.current.root.slot)
-        elif lasting:
-            self.state.begin(binding)
+        elif self._lasting:
+            self.state.begin(self._binding)
 
     def _check_same(self, found: Binding) -> None:
         where = shorten(self.state.path, 1000)
@@ -161,7 +169,10 @@ class SlotWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        os.close(self.claim.fd)
+        locks.release(self.claim.fd)
+        if isinstance(error, StorageError) and not self._state.renaming:
+            # What the kernel holds of the slot may be lost without a word: a new one is made.
+            durable.remove(self.claim.path)
 
     def put(self, name: str, start: int, block: Array) -> None:
         """Write the elements of `block` from element `start` of tensor `name` on."""

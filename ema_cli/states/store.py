@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ema_cli import durable
 from ema_cli.blueprint import CHUNK_BYTES
 from ema_cli.checksums import crc32c
-from ema_cli.errors import DamagedFile, DamagedState, StorageError, storage_errors
+from ema_cli.errors import DamagedFile, DamagedState, InputError, StorageError, storage_errors
 from ema_cli.files import read_at, stamp_of
 from ema_cli.states import consistency, locks, sealed, slots
 from ema_cli.states import directory as places
@@ -103,6 +103,8 @@ class State:
         self.current, self._root = None, b""
         path = self.place(places.ROOT)
         if not durable.exists(path):
+            if places.was_committed(self.path):
+                raise DamagedState(path, "expected a file, found none")
             return
         self._root = sealed.contents(path, places.ROOT_LIMIT)
         root = Root.from_json(_only(self._root, path), path)
@@ -186,15 +188,15 @@ def _held(state: State) -> int:
     before = root_bytes(path)
     try:
         state.load()
-    except DamagedState:
+        if state.current is None:
+            raise DamagedState(state.path, "no generation was ever committed: expected a file ROOT")
+        slot = state.slot_stamp().path
+        with storage_errors(slot, "cannot open"):
+            fd = os.open(slot, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except (InputError, StorageError):
         if root_bytes(path) != before:
             return -1
         raise
-    if state.current is None:
-        raise DamagedState(state.path, "no generation was ever committed: expected a file ROOT")
-    slot = state.slot_stamp().path
-    with storage_errors(slot, "cannot open"):
-        fd = os.open(slot, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     if locks.lock(fd, exclusive=False) and root_bytes(path) == before:
         return fd
     os.close(fd)

@@ -12,6 +12,7 @@ from ema_cli.averages import Average
 from ema_cli.errors import DamagedState
 from ema_cli.plan import Request
 from ema_cli.states import directory, settings, skeleton, slots, store
+from ema_cli.states.binding import RUN
 from ema_cli.states.records import Row
 from ema_cli.states.store import State
 from ema_cli.text import shorten
@@ -98,7 +99,8 @@ def _weights(state: State, request: Request) -> tuple[tuple[float, ...], ...]:
     rows = current.applied
     steps = [row.step for row in rows if row.step is not None]
     where = state.place(directory.LEDGER)
-    if any(later <= step for step, later in itertools.pairwise(steps)):
+    in_order = current.binding.by == RUN  # the class takes what it is given
+    if in_order and any(later <= step for step, later in itertools.pairwise(steps)):
         raise DamagedState(where, "expected steps that increase")
     weights = []
     for k, average in enumerate(request.averages):
