@@ -166,7 +166,7 @@ def _ended(error: BaseException, *, as_json: bool) -> int:
         return _report(Stopped("terminated", 143, hint), as_json=as_json)
     if isinstance(error, KeyboardInterrupt | click.Abort):
         return _report(Stopped("interrupted", 130, hint), as_json=as_json)
-    if not isinstance(error, Exception):
+    if isinstance(error, SystemExit | GeneratorExit):
         raise error
     if options.debugging():
         traceback.print_exception(error)
@@ -185,7 +185,7 @@ def _signal_behind(error: BaseException) -> BaseException | None:
     return cause
 
 
-def _as_ema_error(error: Exception) -> EmaError:
+def _as_ema_error(error: BaseException) -> EmaError:
     """Return `error` as one of ours; what is none of ours is an internal error."""
     if isinstance(error, EmaError):
         return error
