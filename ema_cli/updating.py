@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from ema_cli import durable, engine, files, flaws, provenance
 from ema_cli.blueprint import CHUNK_BYTES
 from ema_cli.engine import Progress
-from ema_cli.errors import Disagreement, StorageError
+from ema_cli.errors import Disagreement, EmaError, StorageError
 from ema_cli.executing import executor_of, spilled
 from ema_cli.formats.sidefiles import refuse_quantized
 from ema_cli.invocation import setting_words
@@ -33,6 +33,7 @@ from ema_cli.states import directory, holding, locks, skeleton, slots
 from ema_cli.states.binding import RUN, Binding, difference
 from ema_cli.states.commit import Claim, OpenState, checksums_of
 from ema_cli.states.records import AVERAGE, BIASED, Manifest, Row, files_of, row_of
+from ema_cli.states.slots import Slot
 from ema_cli.states.store import State
 from ema_cli.tasks import Done
 from ema_cli.tensors import Checkpoint
@@ -224,7 +225,9 @@ def carry_out(
         work = _work(state, update, claim)
         log = Log(state.place(directory.PROGRESS), _key(state, update), [claim.path])
         try:
-            made = _compute(work, claim, log, executor, on_event or _ignore, state, restart=restart)
+            made = _compute(
+                work, slot, claim, log, executor, on_event or _ignore, state, restart=restart
+            )
             _commit(state, update, claim, made)
         except BaseException as error:
             left_to_another(error, log, restart)
@@ -244,6 +247,7 @@ def _ignore(event: Progress) -> None:
 
 def _compute(
     work: Work,
+    slot: Slot,
     claim: Claim,
     log: Log,
     executor: Executor | None,
@@ -255,8 +259,11 @@ def _compute(
     """Fill the slot; returns what was written to each chunk, by its checksum."""
     made: dict[int, int] = {}
     verifier = Verifier(work)
+    written = 0
 
     def count_done(done: Done) -> None:
+        nonlocal written
+        written += done.written
         for unit, part in done.parts.items():
             verifier.add(unit, part)
         for (_, chunk), crc in done.made.items():
@@ -273,6 +280,11 @@ def _compute(
             raise flaws.explain(ready, flaw)
         verifier.finish()
         files.check_all_unchanged(work.inputs)
+    expected = slot.nbytes - len(slot.head)
+    if written != expected:  # then the checksums are not those of the bytes
+        raise EmaError(
+            f"internal error: {written:,} of {expected:,} bytes of the slot were written"
+        )
     return made
 
 

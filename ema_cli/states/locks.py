@@ -91,9 +91,10 @@ def hold(fd: int) -> int:
 
 
 def release(fd: int) -> None:
-    """Close a descriptor, which gives its lock back."""
-    _held.discard(fd)
-    os.close(fd)
+    """Close a descriptor, which gives its lock back; in a forked process it is closed already."""
+    if fd in _held:
+        _held.discard(fd)
+        os.close(fd)
 
 
 def _forget() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import Outcome, cmd, write_checkpoint
-from stores import documents, tree, update, values, without_barriers, write_steps
+from stores import FIXTURES, documents, tree, update, values, without_barriers, write_steps
 
 from ema_cli import ExponentialMovingAverage
 from ema_cli.errors import StorageError
@@ -322,3 +322,14 @@ def test_an_export_is_as_good_as_an_output() -> None:
     cmd("diff", "e.safetensors", "r.safetensors")
     assert cmd("map", "e.safetensors").out == cmd("map", "r.safetensors").out
     assert cmd("export", "S", "-o", "r.safetensors").out.startswith("unchanged")
+
+
+def test_an_export_knows_what_a_run_has_made() -> None:
+    """Also where it is a copy of the last checkpoint's structure, which the state has kept."""
+    run = FIXTURES / "torch" / "run"
+    cmd("run", run, "-o", "r.pt", "--decay", "0.5")
+    cmd("run", run, "--state", "T", "--decay", "0.5", "-o", "s.pt")
+    assert Path("r.pt").read_bytes() == Path("s.pt").read_bytes()
+    for name in ("r.pt", "s.pt"):
+        assert cmd("export", "T", "-o", name).out.startswith("unchanged")
+        assert cmd("run", run, "-o", name, "--decay", "0.5").out.startswith("unchanged")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -289,6 +290,35 @@ def test_something_else_in_its_place(
     with pytest.raises(EmaError) as caught:
         update(state, tmp_path / "r", decay=0.5)
     assert caught.value.exit_code in (12, 14, 15)
+
+
+@pytest.mark.parametrize("name", ["plan", "ledger", "manifest-2"])
+def test_a_file_of_another_state_in_its_place(name: str, small: Path, tmp_path: Path) -> None:
+    """Sound by itself, and of the same length; but not what ROOT tells of."""
+    state = Path(shutil.copytree(small, tmp_path / "S"))
+    good = (state / name).read_bytes()
+    lines = [json.loads(line[9:]) for line in good.splitlines()]
+    if name == "plan":
+        lines[0]["tool"]["python"] = lines[0]["tool"]["python"][::-1]
+    elif name == "ledger":
+        lines[1]["path"] = lines[1]["path"][::-1]
+    else:
+        lines[0]["checksums"] = [lines[0]["checksums"][0] ^ 1]
+    (state / name).write_bytes(b"".join(map(sealed, lines)))
+    for command in (
+        lambda: verified(state),
+        lambda: ema_cli.export(state, tmp_path / "x.npz"),
+        lambda: update(state, small.parent / "r", decay=0.5),
+    ):
+        with pytest.raises(DamagedState, match=name):
+            command()
+    (state / name).write_bytes(b"".join(json_line(line) for line in good.splitlines()))
+    assert verified(state) == 2
+
+
+def json_line(line: bytes) -> bytes:
+    """Return a line as it is sealed."""
+    return sealed(json.loads(line[9:]))
 
 
 RAW: dict[str, bytes] = {

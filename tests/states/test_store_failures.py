@@ -231,10 +231,22 @@ def test_a_value_that_may_be_infinite_stays(paths: list[Path], tmp_path: Path) -
     given = {"decay": 0.5, "non_finite": "allow"}
     for path in sorted((tmp_path / "run").iterdir()):
         update(tmp_path / "S", path, **given)
-    ema_cli.export(tmp_path / "S", tmp_path / "a.safetensors")
+    ema_cli.export(tmp_path / "S", tmp_path / "a.safetensors", non_finite="allow")
     ema_cli.average_run(tmp_path / "run", tmp_path / "b.safetensors", **given)
     assert files_of(tmp_path / "a.safetensors") == files_of(tmp_path / "b.safetensors")
     assert np.isinf(ema_cli.inspect(tmp_path / "S").weights[0]).sum() == 0
+
+
+def test_a_value_too_large_for_its_output(paths: list[Path], tmp_path: Path) -> None:
+    """It is found where it becomes infinite: the state is none the worse."""
+    write_steps(tmp_path / "run", [600], bias=np.float32([1, 1e38]))
+    update(tmp_path / "S", tmp_path / "run", decay=0.5)
+    out = tmp_path / "out.safetensors"
+    with pytest.raises(NonFinite, match="'bias'"):
+        ema_cli.export(tmp_path / "S", out, dtype="float16")
+    assert not out.exists()
+    ema_cli.export(tmp_path / "S", out, dtype="float16", non_finite="allow")
+    ema_cli.export(tmp_path / "S", tmp_path / "wide.safetensors")
 
 
 CHANGES: dict[str, Callable[[Path], object]] = {

@@ -26,6 +26,7 @@ from stores import (
 )
 from tensorflow_bundles import strings, write_bundle
 from torch_files import ref, saved, state_of
+from torch_views import View, write_views
 
 import ema_cli
 from ema_cli import formats
@@ -400,3 +401,21 @@ def test_what_a_state_cannot_give(paths: list[Path], tmp_path: Path) -> None:
     ema_cli.export(state, single, average=["b"])
     assert files_of(single) == files_of(tmp_path / "b.safetensors")
     assert not (tmp_path / "a.safetensors").exists()
+
+
+@pytest.mark.parametrize("excluded", [False, True])
+def test_what_is_copied_and_tied_is_written_once(tmp_path: Path, excluded: bool) -> None:
+    """Two names of one storage: the checksums of the slot are those of its bytes."""
+    numbers = np.arange(12, dtype=np.float32 if excluded else np.int64)
+    for step in (1, 2, 3):
+        held = {"0": np.float32([step] * 4), "1": numbers}
+        ids = View("1", (12,), (1,))
+        tensors = {"w": View("0", (4,), (1,)), "ids": ids, "again": ids}
+        write_views(tmp_path / "run" / f"m-{step}.pt", held, tensors)
+    given: dict[str, Any] = {"decay": 0.5}
+    if excluded:
+        given["select"] = [("exclude", "ids"), ("exclude", "again")]
+    for step in (1, 2, 3):
+        update(tmp_path / "S", [tmp_path / "run" / f"m-{step}.pt"], **given)
+        ema_cli.verify(tmp_path / "S")
+    same_as_a_run(tmp_path / "S", tmp_path / "run", tmp_path / "out", **given)
