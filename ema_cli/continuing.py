@@ -256,6 +256,7 @@ def export_state(
     request: Request,
     labels: Sequence[str],
     *,
+    non_finite: str | None = None,
     overwrite: bool = False,
     executor: Executor | None = None,
     on_event: OnEvent | None = None,
@@ -266,6 +267,7 @@ def export_state(
         path: of the state.
         request: the output, and how it shall look.
         labels: of the averages; all when empty.
+        non_finite: ``error`` or ``allow``, or None for what the state is bound to.
         overwrite: replace existing outputs.
         executor: given, or None for threads.
         on_event: told of progress.
@@ -284,7 +286,7 @@ def export_state(
             output=request.output,
             wishes=wishes,
             workers=request.workers,
-            non_finite=request.non_finite,
+            non_finite=non_finite or bound.non_finite,
         )
         planning.check_output(asked)
         written, plans, notes = _export(state, asked, overwrite, executor, on_event)

@@ -190,7 +190,7 @@ def export(
     max_shard_size: str | int | None = None,
     optimizer: str = "auto",
     unknown: str = "refuse",
-    non_finite: str = "error",
+    non_finite: str | None = None,
     overwrite: bool = False,
     workers: int | None = None,
     executor: Executor | None = None,
@@ -211,7 +211,7 @@ def export(
         max_shard_size: e.g. ``"5GB"``; for folders.
         optimizer: ``auto``, ``keep`` or ``drop`` optimizer state.
         unknown: ``refuse``, ``keep`` or ``drop`` objects in a pickle that are no plain data.
-        non_finite: ``error`` or ``allow``.
+        non_finite: ``error`` or ``allow``; None as the state has it.
         overwrite: replace an existing output.
         workers: threads; default from affinity and cgroup limits.
         executor: any `concurrent.futures.Executor`; threads when None.
@@ -222,11 +222,12 @@ def export(
     """
     given = locals()
     labels = given.pop("average")
-    request = asked.request(**given)
+    request = asked.request(**{**given, "non_finite": non_finite or "error"})
     return export_state(
         os.fspath(state),
         request,
         labels,
+        non_finite=non_finite,
         overwrite=overwrite,
         executor=executor,
         on_event=on_event,

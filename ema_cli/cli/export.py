@@ -35,7 +35,13 @@ from ema_cli.cli.options import Command
     help="Which average, where the state has several; all without it.",
 )
 @options.look_options
-@options.non_finite_option
+@click.option(
+    "--non-finite",
+    cls=options.Option,
+    group="Average",
+    type=click.Choice(("error", "allow")),
+    help="What NaN or infinity in the result is.  [default: as the state has it]",
+)
 @options.overwrite_option
 @options.workers_option
 @options.common_options

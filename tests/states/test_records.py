@@ -47,7 +47,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def bounded() -> Iterator[None]:
     """A size that is believed shall end the test, not the machine."""
     before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, before[1]))
+    taken = Path("/proc/self/statm")
+    if taken.exists():
+        pages = int(taken.read_text().split()[0])
+        limit = pages * resource.getpagesize() + (3 << 30)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_AS, before)
 
