@@ -20,6 +20,7 @@ from ema_cli.live.listing import Files, Signature, list_files
 from ema_cli.runs import Run
 from ema_cli.search import NUMBERED_FOLDER, Choice, PassedOver, search, told_step
 from ema_cli.states.directory import is_state
+from ema_cli.steps import compile_step_from
 from ema_cli.tensors import Checkpoint
 from ema_cli.text import shorten
 
@@ -95,6 +96,7 @@ class Lookout:
 
     def __init__(self, root: str, choice: Choice, state: str) -> None:
         self.run = Run(())
+        compile_step_from(choice.step_from)  # refused now, not when a name is met
         self._root, self._choice, self._state = root, choice, state
         self._depth = (choice.glob or "").count("/")
         self._files = Files({})
