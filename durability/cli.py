@@ -71,13 +71,22 @@ def show(report: Report) -> None:
 
 
 def main() -> int:
+    """Be ``python -m durability``; returns the exit code."""
+    signal.signal(signal.SIGTERM, pool.stop)
+    try:
+        return _main()
+    except KeyboardInterrupt:
+        print("durability: interrupted")
+        return 130
+
+
+def _main() -> int:
     """Run the harnesses that were asked for, or all."""
     options = parser().parse_args()
     unknown = set(options.harness) - set(HARNESSES)
     if unknown:
         raise SystemExit(f"no harness {min(unknown)!r}: there are {', '.join(HARNESSES)}")
     check_machine()
-    signal.signal(signal.SIGTERM, pool.stop)
     points = QUICK if options.quick else options.points
     wanted = Wanted(points, options.full, options.only, options.seed)
     began = time.monotonic()

@@ -13,16 +13,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from durability import checker, mounts, strace
+from durability import checker, strace
 from durability.checker import Wrong
 from durability.pool import Found, Pool, Report, Wanted, gather, scratch
 from durability.recording import Recorder
 from durability.scenario import ALONE, STATE, STEPS, Scenario, Step, acknowledged, digest
 from durability.simulate import Began, Disk, New, Operation, Said, Sync, Tree, build, identity
 
-USUAL = 24_000  # different states
+USUAL = 28_000  # different states
 FULL = 1_000_000
-COMPOUND = 150  # first faults
+COMPOUND = 100  # first faults
 # How much of what was not synced survives; all and nothing are tried besides.
 SHARES = (0.05, 0.2, 0.5, 0.8, 0.95)
 RERUN_EVERY = 100
@@ -224,7 +224,7 @@ class Explorer:
 
 def run(wanted: Wanted) -> Report:
     """Explore the crash states of the scenario."""
-    with scratch(mounts.images()) as base:
+    with scratch() as base:
         scenario = Scenario(base)
         scenario.prepare()
         operations = record(scenario)

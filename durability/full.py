@@ -34,7 +34,7 @@ class Level:
 
 def run(wanted: Wanted) -> Report:
     """Fill disks to every level."""
-    with scratch(mounts.images()) as base:
+    with scratch() as base:
         scenario = Scenario(base)
         scenario.prepare()
         levels = []

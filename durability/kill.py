@@ -14,11 +14,10 @@ from collections.abc import Iterator
 from durability import checker, points, strace
 from durability.checker import Wrong
 from durability.points import Point
-from durability.pool import BASE, Found, Pool, Report, Wanted, gather, scratch
+from durability.pool import PROJECT, Found, Pool, Report, Wanted, gather, scratch
 from durability.process import Ended
-from durability.scenario import ALONE, BATCH, CREATE, STATE, STEPS, UPDATES, Scenario, Step
+from durability.scenario import ALONE, BATCH, CREATE, STATE, STEPS, UPDATES, WATCH, Scenario, Step
 
-USUAL = 100_000  # all of them
 AT_RANDOM = 24
 TWICE = 60
 
@@ -28,7 +27,8 @@ def run(wanted: Wanted) -> Report:
     with scratch() as base:
         scenario = Scenario(base)
         scenario.prepare()
-        chosen = wanted.choose(points.mutating(scenario, (ALONE, *STEPS)), points.label, USUAL)
+        where = points.mutating(scenario, (ALONE, *STEPS, WATCH))
+        chosen = wanted.choose(where, points.label, len(where))
         harness = _Kill(scenario)
         return gather("kill", harness.found(chosen, wanted), _line)
 
@@ -99,7 +99,7 @@ class _Kill:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(BASE))},
+            env={**os.environ, "PYTHONPATH": PROJECT},
         )
         self._wait_for_work(process, rng)
         process.kill()

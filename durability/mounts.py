@@ -15,8 +15,6 @@ import struct
 import subprocess
 from dataclasses import dataclass
 
-from durability.pool import BASE, MEMORY
-
 MIB = 1 << 20
 BLOCK = 4096
 _CLONE_NEWNS = 0x00020000
@@ -24,7 +22,6 @@ _MS_PRIVATE_ALL = 0x4000 | 0x40000  # MS_REC, MS_PRIVATE
 _SHUTDOWN = 0x8004587D  # FS_IOC_SHUTDOWN
 # What the ioctl does before it stops all writing: flush the journal but not the data, or nothing.
 FLUSH_JOURNAL, FLUSH_NOTHING = 1, 2
-_ROOM = 2048 * MIB
 
 
 @dataclass(frozen=True)
@@ -44,16 +41,6 @@ XFS = Kind("xfs", ("mkfs.xfs", "-q", "-f"), "loop", 304)
 SMALL = Kind("ext4-small", ("mkfs.ext4", "-q", "-F", "-m", "0"), "loop", 12)
 TMPFS = Kind("tmpfs", (), "", 8)
 KINDS = {kind.name: kind for kind in (EXT4, BOLD, XFS, SMALL, TMPFS)}
-
-
-def images() -> str:
-    """Return the directory for images: in memory where there is room for it."""
-    if os.path.isdir(MEMORY):
-        status = os.statvfs(MEMORY)
-        if status.f_bavail * status.f_frsize >= _ROOM:
-            return MEMORY
-    os.makedirs(BASE, exist_ok=True)
-    return BASE
 
 
 def isolate() -> None:

@@ -26,7 +26,7 @@ NOTHING = "none left out"
 
 def run(wanted: Wanted) -> Report:
     """Leave out each barrier in turn."""
-    with scratch(mounts.images()) as base:
+    with scratch() as base:
         scenario = Scenario(base)
         scenario.prepare()
         operations = explore.record(scenario)

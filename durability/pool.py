@@ -10,15 +10,16 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 PROCESSES = 2
-BUILD = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "build")
-BASE = os.path.join(BUILD, "durability")
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+BASE = os.path.join(PROJECT, "build", "durability")
 MEMORY = "/dev/shm"
+ROOM = 2 << 30
 
 P = TypeVar("P")
 
@@ -100,21 +101,28 @@ class Pool(Generic[P]):
 
 
 _probe: Callable[[Any], Found]
+_unprepared = ""
 
 
 def _begin(prepare: Callable[[], None] | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
-    if prepare is not None:
-        prepare()
+    global _unprepared
+    try:
+        if prepare is not None:
+            prepare()
+    except Exception as error:  # raised here, it would only be tried again, for ever
+        _unprepared = f"{type(error).__name__}: {error}"
 
 
 def _try(point: Any) -> Found:
     """Try a point; a failure of the harness is a finding too."""
+    name = getattr(point, "label", str(point))
+    if _unprepared:
+        return Found(str(name), f"the harness cannot work here: {_unprepared}")
     try:
         return _probe(point)
     except Exception:
-        name = getattr(point, "label", str(point))
         last = traceback.format_exc(limit=-3).strip().replace("\n", "\n    ")
         return Found(str(name), f"the harness failed:\n    {last}")
 
@@ -123,14 +131,18 @@ def gather(name: str, found: Iterable[Found], line: Callable[[int, Counter[str]]
     """Return the report on a harness; `line` makes its text of the number of points and tags."""
     began = time.monotonic()
     report, tags, count = Report(name), Counter[str](), 0
-    for one in found:
-        count += 1
-        tags.update(one.tags)
-        if one.problem:
-            report.failures.append(
-                f"{one.label}: {one.problem}\n"
-                f"    again: python -m durability {name} --only '{one.label}'"
-            )
+    try:
+        for one in found:
+            count += 1
+            tags.update(one.tags)
+            if one.problem:
+                report.failures.append(
+                    f"{one.label}: {one.problem}\n"
+                    f"    again: python -m durability {name} --only '{one.label}'"
+                )
+    finally:  # interrupted: nobody may write any more where the directory is about to go
+        if isinstance(found, Generator):
+            found.close()
     if not count:
         report.failures.append("nothing was tried")
     report.line = line(count, tags)
@@ -138,10 +150,20 @@ def gather(name: str, found: Iterable[Found], line: Callable[[int, Counter[str]]
     return report
 
 
+def _roomy() -> str:
+    """Return where to work: in memory if there is room, where other work on disks is not felt."""
+    if os.path.isdir(MEMORY):
+        status = os.statvfs(MEMORY)
+        if status.f_bavail * status.f_frsize >= ROOM:
+            return MEMORY
+    os.makedirs(BASE, exist_ok=True)
+    return BASE
+
+
 @contextmanager
-def scratch(where: str = BASE) -> Iterator[str]:
+def scratch() -> Iterator[str]:
     """Yield a new directory that is gone afterwards."""
-    os.makedirs(where, exist_ok=True)
+    where = _roomy()
     path = tempfile.mkdtemp(prefix="ema-avg-durability-", dir=where)
     try:
         yield path

@@ -13,19 +13,15 @@ from dataclasses import dataclass
 
 from durability import checker, mounts, points, strace
 from durability.checker import Wrong
-from durability.mounts import BOLD, EXT4, FLUSH_JOURNAL, FLUSH_NOTHING, KINDS, XFS, Volume
+from durability.mounts import BOLD, EXT4, FLUSH_JOURNAL, FLUSH_NOTHING, KINDS, XFS, Kind, Volume
 from durability.points import Point
 from durability.pool import Found, Pool, Report, Wanted, gather, scratch
 from durability.scenario import ALONE, BATCH, CREATE, EXPORT, STEPS, UPDATES, Scenario
 
-USUAL = 700
-VARIANTS = (
-    (EXT4, FLUSH_JOURNAL),
-    (EXT4, FLUSH_NOTHING),
-    (BOLD, FLUSH_NOTHING),
-    (XFS, FLUSH_JOURNAL),
-    (XFS, FLUSH_NOTHING),
-)
+# At every call; the others in turn.
+ALWAYS = ((EXT4, FLUSH_NOTHING), (XFS, FLUSH_NOTHING))
+IN_TURN = ((EXT4, FLUSH_JOURNAL), (BOLD, FLUSH_NOTHING), (XFS, FLUSH_JOURNAL))
+VARIANTS = (*ALWAYS, *IN_TURN)
 _USUAL_STEPS = (CREATE, UPDATES[0], BATCH, EXPORT)
 
 
@@ -45,15 +41,23 @@ class Cut:
 
 def run(wanted: Wanted) -> Report:
     """Cut the power everywhere."""
-    with scratch(mounts.images()) as base:
+    with scratch() as base:
         scenario = Scenario(base)
         scenario.prepare()
         steps = (ALONE, *STEPS) if wanted.full or wanted.only else _USUAL_STEPS
         where = points.mutating(scenario, steps)
-        cuts = [Cut(kind.name, flag, point) for point in where for kind, flag in VARIANTS]
-        chosen = wanted.choose(cuts, lambda cut: cut.label, USUAL)
+        cuts = [
+            Cut(kind.name, flag, point)
+            for k, point in enumerate(where)
+            for kind, flag in (VARIANTS if wanted.full or wanted.only else _usual(k))
+        ]
+        chosen = wanted.choose(cuts, lambda cut: cut.label, len(cuts))
         harness = _PowerCut(scenario)
         return gather("powercut", Pool(harness.cut, harness.prepare).each(chosen), _line)
+
+
+def _usual(number: int) -> tuple[tuple[Kind, int], ...]:
+    return (*ALWAYS, IN_TURN[number % len(IN_TURN)])
 
 
 def _line(count: int, tags: Counter[str]) -> str:

@@ -54,8 +54,10 @@ def warm_up() -> None:
     concurrent.futures.ThreadPoolExecutor = InTurn  # type: ignore[assignment,misc]
     import ema_cli.cli  # noqa: F401  # for the forks
     from ema_cli import engine, progress
+    from ema_cli.live import readiness, watching
 
     engine.TASK_ELEMENTS = TASK_ELEMENTS
+    readiness.QUIET_SECONDS = watching.SHORTEST_INTERVAL = 0.0
     setattr(progress.Log, "add", _record_some)  # noqa: B010  # a function for a method
 
 

@@ -64,6 +64,13 @@ BATCH = follow("batch", 4, 9, output="batch.safetensors")
 EXPORT = Step(
     "export", ("export", STATE, "-o", "export.safetensors"), 9, 9, "export.safetensors", 9
 )
+# The same as the batch, by a process that pins the checkpoints and stays until it has them all.
+WATCH = Step(
+    "watch",
+    ("watch", "{stages}/9", "--state", STATE, *DECAY, "--interval", "0.001", "--until-step", "900"),
+    4,
+    9,
+)
 LAST = follow("last", 9, CHECKPOINTS)
 STEPS = (CREATE, *UPDATES, BATCH, EXPORT)
 
@@ -99,7 +106,7 @@ class Scenario:
     def argv(self, step: Step) -> list[str]:
         """Return the arguments of a step."""
         return [word.format(stages=self.stages) for word in step.argv] + (
-            ["--workers", "1"] if step.argv[0] in ("run", "export") else []
+            ["--workers", "1"] if step.argv[0] in ("run", "export", "watch") else []
         )
 
     def run(self, step: Step, cwd: str, *trace: str) -> Ended:
@@ -130,8 +137,16 @@ class Scenario:
         os.makedirs(here)
         for step in steps:
             copy_tree(here, self.before(step))
+            if step is BATCH:
+                self._prepare_watch()
             ended = self.must(step, here)
             self._check_undisturbed(step, here, ended)
+
+    def _prepare_watch(self) -> None:
+        copy_tree(self.before(BATCH), self.before(WATCH))
+        here = os.path.join(self.base, "rehearsed-watch")
+        copy_tree(self.before(BATCH), here)
+        process.rehearse(self.argv(WATCH), here)
 
     def _one_by_one(self) -> None:
         here = os.path.join(self.base, "one-by-one")
