@@ -21,9 +21,10 @@ def run_words(request: Request, averages: tuple[Average, ...]) -> list[str]:
 def setting_words(request: Request) -> list[str]:
     """Return the options of a request that a state is bound to: what is averaged, and how.
 
-    Which of the new checkpoints are taken may change from one update to the next.
+    Which of the new checkpoints are taken may change from one update to the next, but not how a
+    step is told: the same file would be new under another one.
     """
-    choice = Choice(key=request.choice.key)
+    choice = Choice(key=request.choice.key, step_from=request.choice.step_from)
     request = dataclasses.replace(request, choice=choice)
     words = _settings(request, request.averages, exact=True)
     for option in ("name", "optimizer"):

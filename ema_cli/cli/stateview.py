@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from ema_cli.text import command, percent, plural, printable, shorten, size
@@ -36,8 +37,9 @@ def continued(out: Out, arguments: dict[str, Any]) -> int:
     def tell(rows: Sequence[Row]) -> None:
         out.end_progress()
         steps = span([row.step or 0 for row in rows])
-        out.line(f"applied  {plural(len(rows), 'checkpoint')}  {steps}  {printable(state)}")
-        out.flush()
+        with contextlib.suppress(BrokenPipeError):  # who has gone does not end the work
+            out.line(f"applied  {plural(len(rows), 'checkpoint')}  {steps}  {printable(state)}")
+            out.flush()
 
     try:
         result = continue_state(

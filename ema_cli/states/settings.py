@@ -76,7 +76,7 @@ def check_same(binding: Binding, request: Request, path: str, word: str = "run")
         for option in dict.fromkeys((*mine, *given))
         if mine.get(option) != given.get(option)
     ]
-    chosen = choice_words(dataclasses.replace(request.choice, key=None))
+    chosen = choice_words(dataclasses.replace(request.choice, key=None, step_from=None))
     output = [] if request.output is None else ["-o", request.output]
     if not differences and list(words) != wanted:  # values that look like options
         differences = [f"the state has {command(*words)}, asked for {command(*wanted)}"]
