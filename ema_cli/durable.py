@@ -275,7 +275,7 @@ def make_directories(path: str) -> list[str]:
     """Make a directory and those above it; returns what was missing, outermost last."""
     missing = []
     above = path
-    while above and not os.path.isdir(above):
+    while above not in ("", "/") and not os.path.isdir(above):
         missing.append(above)
         above = os.path.dirname(above)
     os.makedirs(path, exist_ok=True)
