@@ -73,10 +73,11 @@ def check_output(scenario: Scenario, step: Step, workspace: str, out: str) -> No
         raise Wrong("the output under its final name has other bytes")
 
 
-def check_rerun(scenario: Scenario, step: Step, workspace: str, *, continued: bool = True) -> None:
+def check_rerun(scenario: Scenario, step: Step, workspace: str, *, continued: bool = True) -> bool:
     """Give the command again: everything must be as if undisturbed.
 
-    `continued`: then one more checkpoint, and an export.
+    `continued`: then one more checkpoint, the tool's own verification, and an export. Returns
+    whether it went on where the first one had got to.
     """
     again = scenario.run(step, workspace)
     if again.code != 0:
@@ -95,11 +96,12 @@ def check_rerun(scenario: Scenario, step: Step, workspace: str, *, continued: bo
             raise Wrong("the same command again did not bring the state where it should be")
         if continued:
             _check_continued(scenario, workspace)
+    return "resuming: " in again.err
 
 
 def _check_continued(scenario: Scenario, workspace: str) -> None:
     state = os.path.join(workspace, STATE)
-    for more in (LAST, FINAL):
+    for more in (LAST, VERIFY, FINAL):
         ended = scenario.run(more, workspace)
         if ended.code != 0:
             raise Wrong(f"{more.name} after the same command again: {ended.summary}")
@@ -122,9 +124,9 @@ def check_error(ended: Ended, allowed: set[int]) -> None:
         raise Wrong(f"expected one line that begins with error, {ended.summary}")
 
 
-def check_everything(scenario: Scenario, step: Step, workspace: str, ended: Ended) -> None:
-    """Check what a fault left, then that the same command again makes it good."""
+def check_everything(scenario: Scenario, step: Step, workspace: str, ended: Ended) -> bool:
+    """Check what a fault left, then that the same command again makes it good, as `check_rerun`."""
     if STATE in scenario.argv(step):
         check_state(scenario, step, workspace, ended.out)
     check_output(scenario, step, workspace, ended.out)
-    check_rerun(scenario, step, workspace)
+    return check_rerun(scenario, step, workspace)

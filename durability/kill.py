@@ -28,16 +28,14 @@ def run(wanted: Wanted) -> Report:
         scenario = Scenario(base)
         scenario.prepare()
         where = points.mutating(scenario, (ALONE, *STEPS, WATCH))
-        chosen = wanted.choose(where, points.label, len(where))
-        harness = _Kill(scenario)
-        return gather("kill", harness.found(chosen, wanted), _line)
+        return gather("kill", _Kill(scenario).found(where, wanted), _line)
 
 
 def _line(count: int, tags: Counter[str]) -> str:
     return (
         f"{count} points, {tags['lost']} acknowledged updates lost, {tags['other']} other hashes, "
         f"{tags['killed']} killed: {tags['twice']} of them twice, "
-        f"{tags['random']} at random moments with two threads"
+        f"{tags['random']} at random moments with two threads; {tags['resumed']} went on half-way"
     )
 
 
@@ -46,22 +44,28 @@ class _Kill:
         self._scenario = scenario
         self._workspace = ""
 
-    def found(self, chosen: list[Point], wanted: Wanted) -> Iterator[Found]:
-        yield from Pool(self.at_call, self.prepare).each(chosen)
-        if not wanted.only:
-            yield from self._more(chosen, wanted)
-
-    def _more(self, chosen: list[Point], wanted: Wanted) -> Iterator[Found]:
-        """Kill what goes on after a kill too, and kill at random moments."""
+    def found(self, where: list[Point], wanted: Wanted) -> Iterator[Found]:
+        """Kill at every call; then kill what goes on after a kill, and kill at random moments."""
         scale = 40 if wanted.full else 1
         few = wanted.points is not None
         rng = random.Random(wanted.seed)
-        pairs = [self._pair(chosen, rng) for _ in range(4 if few else TWICE * scale)]
+        pairs = [self._pair(where, rng) for _ in range(4 if few else TWICE * scale)]
+        seeds = [*range(wanted.seed, wanted.seed + (4 if few else AT_RANDOM * scale))]
+        if " then " in wanted.only:
+            labels = wanted.only.split(" then ")
+            pairs = [tuple(next(p for p in where if p.label == one) for one in labels)]
+            where, seeds = [], []
+        elif wanted.only.startswith("random:"):
+            where, pairs, seeds = [], [], [int(wanted.only.split(":")[1])]
+        elif wanted.only:
+            pairs, seeds = [], []
+        if where:
+            chosen = wanted.choose(where, points.label, len(where))
+            yield from Pool(self.at_call, self.prepare).each(chosen)
         yield from Pool(self.twice, self.prepare).each(pairs)
-        seeds = range(wanted.seed, wanted.seed + (4 if few else AT_RANDOM * scale))
         yield from Pool(self.at_random, self.prepare).each(seeds)
 
-    def _pair(self, chosen: list[Point], rng: random.Random) -> tuple[Point, Point]:
+    def _pair(self, chosen: list[Point], rng: random.Random) -> tuple[Point, ...]:
         first = rng.choice(chosen)
         return first, rng.choice([point for point in chosen if point.step == first.step])
 
@@ -76,7 +80,7 @@ class _Kill:
             return Found(point.label, f"not killed: {ended.summary}")
         return self._judged(point.label, point.step, ended, ("killed",))
 
-    def twice(self, pair: tuple[Point, Point]) -> Found:
+    def twice(self, pair: tuple[Point, ...]) -> Found:
         """Kill a command, and kill it again when it is given again, if it comes that far."""
         step, said = pair[0].step, ""
         self._scenario.restore(step, self._workspace)
@@ -117,7 +121,8 @@ class _Kill:
 
     def _judged(self, label: str, step: Step, ended: Ended, tags: tuple[str, ...]) -> Found:
         try:
-            checker.check_everything(self._scenario, step, self._workspace, ended)
+            if checker.check_everything(self._scenario, step, self._workspace, ended):
+                tags = (*tags, "resumed")
         except Wrong as error:
             kind = "lost" if str(error).startswith("lost") else "other"
             return Found(label, str(error), (*tags, kind))

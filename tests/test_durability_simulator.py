@@ -116,6 +116,12 @@ def test_truncation_throws_away_what_came_before() -> None:
     assert nothing_kept(*shrunk) == {"a": b"old"}
 
 
+def test_what_a_failed_sync_lost_no_later_one_brings_back() -> None:
+    failed = [*NEW, Sync(FILE, "a", failed=True), Sync(FILE, "a"), Sync(ROOT, "")]
+    assert everything_kept(*failed) == {"a": b"\0\0\0"}
+    assert everything_kept(*failed, Write(FILE, 0, b"new")) == {"a": b"new"}
+
+
 def test_equal_trees_have_equal_identities() -> None:
     assert identity({"a": b"1", "d": None}) == identity({"d": None, "a": b"1"})
     assert identity({"a": b"1"}) != identity({"a": b"2"})
@@ -162,3 +168,18 @@ def test_a_log_becomes_operations(tmp_path: Path) -> None:
         Sync(ROOT, ""),
         Unlink(ROOT, "b"),
     ]
+
+
+def test_a_call_in_which_the_process_was_killed_did_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    name, cwd = hexadecimal("/w/a"), hexadecimal("/w")
+    path.write_text(
+        f'77 openat(AT_FDCWD<{cwd}>, "{name}", O_RDWR|O_CREAT, 0600) = 3<{name}>\n'
+        f"77 fsync(3<{name}>) = -1 EIO (Input/output error) (INJECTED)\n"
+        f"77 fsync(3<{name}>) = ?\n"
+        "77 +++ killed by SIGKILL +++\n"
+    )
+    recorder = Recorder("/w")
+    recorder.process(parse(str(path)))
+    assert recorder.operations[2:] == [Sync(1, "a", failed=True)]
+    assert [call.ordinal for call in parse(str(path))] == [1, 1, 2]
