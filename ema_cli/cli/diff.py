@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ema_cli.cli import options
-from ema_cli.cli.options import Command
+from ema_cli.cli.command import Command, Option
 from ema_cli.text import plural
 
 
@@ -21,11 +21,11 @@ from ema_cli.text import plural
 @click.argument("a", metavar="A", type=click.Path())
 @click.argument("b", metavar="B", type=click.Path())
 @click.option(
-    "--atol", cls=options.Option, group="Input", type=float, default=0.0, help="Absolute tolerance."
+    "--atol", cls=Option, group="Input", type=float, default=0.0, help="Absolute tolerance."
 )
 @click.option(
     "--rtol",
-    cls=options.Option,
+    cls=Option,
     group="Input",
     type=float,
     default=0.0,

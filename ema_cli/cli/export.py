@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ema_cli.cli import options
-from ema_cli.cli.options import Command
+from ema_cli.cli.command import Command, Option
 
 
 @click.command(
@@ -20,7 +20,7 @@ from ema_cli.cli.options import Command
 @click.option(
     "-o",
     "--output",
-    cls=options.Option,
+    cls=Option,
     group="Output",
     metavar="OUT",
     required=True,
@@ -28,7 +28,7 @@ from ema_cli.cli.options import Command
 )
 @click.option(
     "--average",
-    cls=options.Option,
+    cls=Option,
     group="Average",
     multiple=True,
     metavar="LABEL",
@@ -37,7 +37,7 @@ from ema_cli.cli.options import Command
 @options.look_options
 @click.option(
     "--non-finite",
-    cls=options.Option,
+    cls=Option,
     group="Average",
     type=click.Choice(("error", "allow")),
     help="What NaN or infinity in the result is.  [default: as the state has it]",

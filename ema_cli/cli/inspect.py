@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ema_cli.cli import options
-from ema_cli.cli.options import Command
+from ema_cli.cli.command import Command
 from ema_cli.text import plural, shorten, size
 from ema_cli.views import Out
 

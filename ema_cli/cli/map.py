@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ema_cli.cli import options
-from ema_cli.cli.options import Command
+from ema_cli.cli.command import Command, Option, selected
 from ema_cli.text import command, plural, shorten
 from ema_cli.views import Out
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @click.option(
     "--for",
     "program",
-    cls=options.Option,
+    cls=Option,
     group="Input",
     metavar="FILE",
     help="What the restoring program asks for: a graph (.meta), a checkpoint, a list of names, "
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 )
 @options.name_option
 @click.option(
-    "--python", cls=options.Option, group="Output", is_flag=True, help="Print code for TensorFlow."
+    "--python", cls=Option, group="Output", is_flag=True, help="Print code for TensorFlow."
 )
 @options.common_options
 @click.pass_context
@@ -59,7 +59,7 @@ def map_command(ctx: click.Context, /, checkpoint: str, **given: Any) -> int:
 
     out = options.way_out(given)
     program = names_in(sys.stdin) if given["program"] == "-" else given["program"]
-    select = options.selected(ctx, given["include"], given["exclude"])
+    select = selected(ctx, given["include"], given["exclude"])
     key, name = given["key"], given["name"]
     found = api.restore_map(checkpoint, program=program, select=select, name=name, key=key)
     if given["python"]:

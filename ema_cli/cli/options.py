@@ -1,4 +1,4 @@
-"""The options commands share, in the groups their help shows, and the command class they need."""
+"""The options commands share, in the groups their help shows."""
 
 from __future__ import annotations
 
@@ -8,89 +8,13 @@ from typing import Any, TypeVar
 
 import click
 
-from ema_cli.errors import EXIT_CODES, UsageError
-from ema_cli.text import near_misses, shorten
+from ema_cli.cli.command import Option
+from ema_cli.cli.configuration import configure
 from ema_cli.views import Out
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-GROUPS = ("Input", "Average", "TensorFlow compatibility", "Output", "Resources", "Common")
 AVERAGED = ("float16", "bfloat16", "float32", "float64")
-
-
-# Exit codes every command can end with.
-_ALWAYS = (0, 1, 2, 12, 15, 130, 143)
-
-
-class Option(click.Option):
-    """An option that knows under which heading of the help it stands."""
-
-    def __init__(self, *args: Any, group: str = "Common", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.group = group
-
-
-class Command(click.Command):
-    """A command with grouped options, an example first, and its exit codes last.
-
-    It also keeps the order in which ``--include`` and ``--exclude`` stood on the command line,
-    which click forgets between two options.
-    """
-
-    def __init__(self, *args: Any, example: str = "", codes: Sequence[int] = (), **kw: Any) -> None:
-        super().__init__(*args, **kw)
-        self.example = example
-        self.codes = sorted({*_ALWAYS, *codes})
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse as click does, noting the order of the selecting options before."""
-        try:
-            _, _, order = self.make_parser(ctx).parse_args(args=list(args))
-        except click.UsageError as error:
-            error.ctx = error.ctx or ctx
-            raise
-        names = [parameter.name for parameter in order]
-        ctx.meta["select"] = [name for name in names if name in ("include", "exclude")]
-        return super().parse_args(ctx, args)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Carry out the command, having noted whether it answers in JSON."""
-        ctx.meta["as_json"] = bool(ctx.params.get("json"))
-        return super().invoke(ctx)
-
-    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the example before the description."""
-        if self.example:
-            with formatter.section("Example"):
-                formatter.write_text(self.example)
-        super().format_help_text(ctx, formatter)
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options under their headings."""
-        records: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is not None and isinstance(parameter, click.Option):
-                records.setdefault(getattr(parameter, "group", "Common"), []).append(record)
-        for group in GROUPS:
-            if group in records:
-                with formatter.section(group):
-                    formatter.write_dl(records[group])
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the exit codes this command can end with."""
-        with formatter.section("Exit status"):
-            formatter.write_dl([(str(code), EXIT_CODES[code]) for code in self.codes])
-
-
-def selected(ctx: click.Context, include: Sequence[str], exclude: Sequence[str]) -> list[Any]:
-    """Return the (kind, glob) pairs of both options in the order they were given."""
-    remaining = {"include": list(include), "exclude": list(exclude)}
-    pairs = [
-        (kind, remaining[kind].pop(0)) for kind in ctx.meta.get("select", ()) if remaining[kind]
-    ]
-    # What came from a configuration file or the environment has no place on the line: it is first.
-    return [(kind, glob) for kind, globs in remaining.items() for glob in globs] + pairs
 
 
 def _apply(options: Sequence[Callable[[F], F]]) -> Callable[[F], F]:
@@ -106,48 +30,6 @@ def _option(group: str, *names: str, **kwargs: Any) -> Callable[[F], F]:
     return click.option(*names, cls=Option, group=group, **kwargs)
 
 
-def _configure(ctx: click.Context, _: click.Parameter, path: str | None) -> None:
-    """Take defaults from a TOML file: a table per command, an entry per option."""
-    if path is None:
-        return
-    import tomllib
-
-    where = f"--config {shorten(path)}"
-    try:
-        with open(path, "rb") as file:
-            document = tomllib.load(file)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{where}: {error}") from None
-    commands = ctx.find_root().command.commands  # type: ignore[attr-defined]  # it is a group
-    for name, table in document.items():
-        if name not in commands or not isinstance(table, dict):
-            raise UsageError(
-                f"{where}: expected a table [{'], ['.join(commands)}], found '{shorten(name)}'"
-            )
-    known = {
-        word.removeprefix("--"): parameter
-        for parameter in ctx.command.params
-        for word in parameter.opts
-        if word.startswith("--") and word != "--config"
-    }
-    defaults: dict[str, Any] = {}
-    table = document.get(ctx.info_name or "", {})
-    if ctx.info_name == "plan":  # what a run would do: its table counts too
-        shared = {k: v for k, v in document.get("run", {}).items() if k in known}
-        table = {**shared, **table}
-    for name, value in table.items():
-        if name not in known:
-            close = near_misses(name, known)
-            raise UsageError(
-                f"{where}: [{ctx.info_name}] has no option '{shorten(name)}'",
-                f"did you mean {close[0]}" if close else "",
-            )
-        parameter = known[name]
-        single = getattr(parameter, "multiple", False) and not isinstance(value, list)
-        defaults[parameter.name or name] = [value] if single else value
-    ctx.default_map = {**(ctx.default_map or {}), **defaults}
-
-
 common_options = _apply(
     [
         _option("Common", "--json", is_flag=True, help="JSON on stdout."),
@@ -160,7 +42,7 @@ common_options = _apply(
             type=click.Path(),
             is_eager=True,
             expose_value=False,
-            callback=_configure,
+            callback=configure,
             help="Defaults from a TOML file, a table per command; EMA_AVG_RUN_DECAY and "
             "the like come before it.",
         ),

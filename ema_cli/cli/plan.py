@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ema_cli.cli import options
-from ema_cli.cli.options import Command
+from ema_cli.cli.command import Command, Option, selected
 from ema_cli.views import Out
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option(
     "-o",
     "--output",
-    cls=options.Option,
+    cls=Option,
     group="Output",
     metavar="OUT",
     help="Where a run would write.",
@@ -50,7 +50,7 @@ def plan(ctx: click.Context, /, **given: Any) -> int:
 def split(ctx: click.Context, given: dict[str, Any]) -> tuple[Out, dict[str, Any]]:
     """Return the way to the user and the arguments of `ema_cli.plan_run`."""
     out = options.way_out(given)
-    given["select"] = options.selected(ctx, given.pop("include"), given.pop("exclude"))
+    given["select"] = selected(ctx, given.pop("include"), given.pop("exclude"))
     return out, given
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ema_cli.cli import options
-from ema_cli.cli.options import Command
+from ema_cli.cli.command import Command, Option
 from ema_cli.text import plural, printable, shorten
 
 # More names than this are counted rather than listed.
@@ -24,7 +24,7 @@ MANY = 10
 @click.option(
     "-o",
     "--output",
-    cls=options.Option,
+    cls=Option,
     group="Output",
     metavar="OUT",
     required=True,
@@ -32,7 +32,7 @@ MANY = 10
 )
 @click.option(
     "--names",
-    cls=options.Option,
+    cls=Option,
     group="Output",
     type=click.Choice(("shadow", "variable")),
     help="variable: shadows replace their variables; shadow: the other way.",
@@ -43,9 +43,7 @@ MANY = 10
 @options.format_option
 @options.overwrite_option
 @options.workers_option
-@click.option(
-    "-n", "--dry-run", cls=options.Option, is_flag=True, help="Tell what would be renamed."
-)
+@click.option("-n", "--dry-run", cls=Option, is_flag=True, help="Tell what would be renamed.")
 @options.common_options
 def rename(checkpoint: str, output: str, **given: Any) -> int:
     """Write a copy of a checkpoint under other names; the values stay bit for bit."""

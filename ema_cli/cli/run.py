@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ema_cli.cli import options, stateview
-from ema_cli.cli.options import Command
+from ema_cli.cli.command import Command, Option
 from ema_cli.cli.plan import document, show, split
 from ema_cli.errors import UsageError
 from ema_cli.text import plural, size
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @click.option(
     "-o",
     "--output",
-    cls=options.Option,
+    cls=Option,
     group="Output",
     metavar="OUT",
     help="Where the result goes; may hold {step} and {average}. DIR/ is for TensorFlow.",
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 @options.restart_option
 @options.state_option
 @options.workers_option
-@click.option("-n", "--dry-run", cls=options.Option, is_flag=True, help="The same as plan.")
+@click.option("-n", "--dry-run", cls=Option, is_flag=True, help="The same as plan.")
 @options.strict_option
 @options.common_options
 @click.pass_context

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ema_cli.cli import options
-from ema_cli.cli.options import Command
+from ema_cli.cli.command import Command, Option
 from ema_cli.text import plural, printable, shorten, size
 
 if TYPE_CHECKING:
@@ -23,16 +23,14 @@ if TYPE_CHECKING:
 @click.argument("path", metavar="PATH", type=click.Path())
 @click.option(
     "--sample",
-    cls=options.Option,
+    cls=Option,
     group="Input",
     metavar="SHARE",
     default="1%",
     show_default=True,
     help="How much is recomputed from the sources.",
 )
-@click.option(
-    "--full", cls=options.Option, group="Input", is_flag=True, help="Recompute all of it."
-)
+@click.option("--full", cls=Option, group="Input", is_flag=True, help="Recompute all of it.")
 @options.key_option
 @options.workers_option
 @options.common_options

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ema_cli.cli import options
-from ema_cli.cli.options import Command, Option
+from ema_cli.cli.command import Command, Option
 from ema_cli.cli.plan import split
 from ema_cli.cli.stateview import span
 from ema_cli.text import plural, printable, shorten, size

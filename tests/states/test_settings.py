@@ -23,7 +23,7 @@ from stores import (
 
 import ema_cli
 from ema_cli import asked
-from ema_cli.cli import options
+from ema_cli.cli.command import selected
 from ema_cli.cli.run import run as command
 from ema_cli.errors import OtherSettings, UsageError
 from ema_cli.invocation import setting_words
@@ -42,9 +42,7 @@ def parsed(words: list[str]) -> dict[str, Any]:
     """Return the arguments that click makes of a command line after ``ema-avg run``."""
     context = command.make_context("run", list(words))
     arguments = dict(context.params)
-    arguments["select"] = options.selected(
-        context, arguments.pop("include"), arguments.pop("exclude")
-    )
+    arguments["select"] = selected(context, arguments.pop("include"), arguments.pop("exclude"))
     return arguments
 
 

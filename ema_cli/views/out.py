@@ -1,4 +1,4 @@
-"""The terminal: data on stdout, talk on stderr. The only importer of rich."""
+"""One command's way to the user: data on stdout, talk on stderr."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import json
 import math
 import os
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ema_cli.errors import EmaError
-from ema_cli.text import printable, size
+from ema_cli.views.meter import Meter
+from ema_cli.views.tables import Cell, write_table
 
 if TYPE_CHECKING:
     from ema_cli.engine import Progress
 
 SCHEMA = 1
-Cell = str | int | float
 
 
 class Out:
@@ -45,7 +44,7 @@ class Out:
         self._stderr: TextIO = sys.stderr
         plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
         self._color = color and not plain
-        self._progress = _Progress(self._stderr)
+        self._progress = Meter(self._stderr)
 
     # ------------------------------------------------------------------ stdout
 
@@ -64,33 +63,10 @@ class Out:
             self._stdout.write(text + "\n")
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:
-        """Write a table: aligned on a terminal, full-width tab-separated values in a pipe.
-
-        Names are printed whole, with control characters escaped, never interpreted as markup.
-        """
-        if self.as_json:
-            return
-        cells = [[_shown(cell) for cell in row] for row in rows]
-        if not self._stdout.isatty():
-            self._stdout.writelines("\t".join(row) + "\n" for row in [list(columns), *cells])
-            return
-        from rich import box
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        numeric = [_numeric(row[k] for row in cells) for k in range(len(columns))]
-        for title, is_number in zip(columns, numeric, strict=True):
-            justify: Any = "right" if is_number else "left"
-            table.add_column(Text(title), justify=justify, overflow="fold")
-        for row in cells:
-            table.add_row(*(Text(cell) for cell in row))
-        self._console(self._stdout).print(table)
-
-    def _console(self, stream: TextIO) -> Any:
-        from rich.console import Console
-
-        return Console(file=stream, no_color=not self._color, highlight=False, soft_wrap=False)
+        """Write a table, unless JSON was asked for."""
+        self.end_progress()
+        if not self.as_json:
+            write_table(self._stdout, columns, rows, color=self._color)
 
     # ------------------------------------------------------------------ stderr
 
@@ -148,36 +124,6 @@ class Out:
         self._stdout.flush()
 
 
-class _Progress:
-    """A line that is rewritten at most five times a second."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._started = time.monotonic()
-        self._shown = 0.0
-        self._visible = False
-
-    def show(self, event: Progress) -> None:
-        now = time.monotonic()
-        if now - self._shown < 0.2 or now - self._started < 0.5:
-            return
-        self._shown, self._visible = now, True
-        rate = event.read / max(now - self._started, 1e-9)
-        left = (event.total - event.read) / rate if rate else 0.0
-        share = event.read / event.total if event.total else 1.0
-        self._stream.write(
-            f"\r\x1b[K{share:4.0%}  {size(event.read)} of {size(event.total)}  "
-            f"{size(int(rate))}/s  {left:.0f} s left"
-        )
-        self._stream.flush()
-
-    def clear(self) -> None:
-        if self._visible:
-            self._stream.write("\r\x1b[K")
-            self._stream.flush()
-            self._visible = False
-
-
 def _finite(value: Any) -> Any:
     """Return JSON data with NaN and infinities, which JSON cannot say, as null."""
     if isinstance(value, dict):
@@ -185,11 +131,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _shown(cell: Cell) -> str:
-    return printable(cell) if isinstance(cell, str) else str(cell)
-
-
-def _numeric(cells: Iterable[str]) -> bool:
-    return all(cell.strip("-.,% e0123456789") == "" for cell in cells)

@@ -1,0 +1,6 @@
+"""The terminal: tables, progress, plots and JSON lines. The only importer of rich."""
+
+from ema_cli.views.out import SCHEMA, Out
+from ema_cli.views.tables import Cell
+
+__all__ = ["SCHEMA", "Cell", "Out"]
