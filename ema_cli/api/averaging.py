@@ -7,21 +7,18 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
+from typing import TYPE_CHECKING
 
 from ema_cli import asked
 from ema_cli import plan as planning
 from ema_cli.asked import Select
-from ema_cli.continuing import (
-    ExportResult,
-    StateResult,
-    continue_state,
-    export_state,
-    plan_state,
-)
 from ema_cli.naming import SHADOW_NAME
 from ema_cli.plan import Plan
 from ema_cli.running import OnEvent, RunResult, refuse_warnings, run_plan
 from ema_cli.warnings import warnings
+
+if TYPE_CHECKING:
+    from ema_cli.continuing import ExportResult, StateResult
 
 
 def plan_run(
@@ -62,7 +59,12 @@ def plan_run(
     Raises the errors of `average_run` that can be known before tensor data moves.
     """
     request = asked.request(**locals())
-    plan = planning.make(request) if state is None else plan_state(request, os.fspath(state))
+    if state is None:
+        plan = planning.make(request)
+    else:
+        from ema_cli.continuing import plan_state
+
+        plan = plan_state(request, os.fspath(state))
     if strict:
         refuse_warnings(warnings(plan), plan.run)
     return plan
@@ -160,6 +162,8 @@ def average_run(
     given, started = locals(), time.monotonic()
     request = asked.request(**given)
     if state is not None:
+        from ema_cli.continuing import continue_state
+
         return continue_state(
             request,
             os.fspath(state),
@@ -221,6 +225,8 @@ def export(
         EmaError: one of `ema_cli.errors`; nothing half-written is left under an output's name.
     """
     given = locals()
+    from ema_cli.continuing import export_state
+
     labels = given.pop("average")
     request = asked.request(**{**given, "non_finite": non_finite or "error"})
     return export_state(
