@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INTEROP := .venv-interop
 
-.PHONY: demo test check interop durability bench clean
+.PHONY: demo test check docs interop durability bench clean
 
 demo: $(VENV)/.installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh fixtures/demo.sh build/demo
@@ -17,6 +17,13 @@ check: $(VENV)/.developing
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
+
+# The pages and pictures that scripts make of the program; tests hold them to what these make.
+docs: $(VENV)/.developing
+	@for script in docs/generate/*.py; do \
+		grep -q __main__ "$$script" || continue; \
+		echo "$$script"; $(BIN)/python "$$script" || exit 1; \
+	done
 
 interop: $(INTEROP)/.installed
 	$(INTEROP)/bin/python -m pytest --tb=short interop

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
+from typing import Any
 
-from ema_cli import files, machine, specs
+from ema_cli import files, hints, machine, specs
 from ema_cli.errors import InputError, UsageError
 from ema_cli.kernel import LIKE, SHADOW_DTYPES
 from ema_cli.layout import NAMES, OPTIMIZER, UNKNOWN, Wishes
@@ -70,7 +72,7 @@ def request(
     )
     check_workers(workers)
     if output is not None and not os.fspath(output):
-        raise UsageError("-o: expected where the result goes")
+        raise UsageError("-o: expected where the result goes", hints.OUTPUT)
     averages = specs.parse_averages(
         average,
         None if decay is None else str(decay),
@@ -107,6 +109,18 @@ def request(
     )
 
 
+def wishes_over(recorded: Wishes, **look: Any) -> Wishes:
+    """Return how an output shall look: the keywords given, and else what was recorded."""
+    words = {k: v for k, v in look.items() if k in _CHOICES}
+    check_choices(**words)
+    given = {"rules" if k == "rule" else k: v for k, v in look.items()}
+    if "rules" in given:
+        given["rules"] = tuple((pattern, replacement) for pattern, replacement in given["rules"])
+    if given.get("max_shard_size") is not None:
+        given["max_shard_size"] = specs.parse_size(given["max_shard_size"])
+    return dataclasses.replace(recorded, **given)
+
+
 _CHOICES = {
     "num_updates": (None, *specs.NUM_UPDATES),
     "init": specs.INITS,
@@ -127,13 +141,16 @@ def check_choices(**given: str | None) -> None:
     for option, value in given.items():
         if value not in _CHOICES[option]:
             words = ", ".join(str(choice) for choice in _CHOICES[option] if choice)
-            raise UsageError(f"{option}: expected one of {words}, found '{shorten(str(value))}'")
+            raise UsageError(
+                f"{option}: expected one of {words}, found '{shorten(str(value))}'",
+                hints.did_you_mean(str(value), words.split(", "), f"leave out {option}"),
+            )
 
 
 def check_workers(workers: int | None) -> None:
     """Raise `UsageError` for a number of workers that is none."""
     if workers is not None and workers < 1:
-        raise UsageError(f"workers: expected at least 1, found {workers}")
+        raise UsageError(f"workers: expected at least 1, found {workers}", "leave out workers")
 
 
 def _paths(runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
@@ -146,7 +163,10 @@ def rules_of(select: Select) -> tuple[Rule, ...]:
     """Return the rules of (kind, glob) pairs."""
     for kind, _ in select:
         if kind not in ("include", "exclude"):
-            raise UsageError(f"select: expected 'include' or 'exclude', found '{shorten(kind)}'")
+            raise UsageError(
+                f"select: expected 'include' or 'exclude', found '{shorten(kind)}'",
+                "give pairs such as ('exclude', 'head/*')",
+            )
     return tuple(Rule(kind == "include", pattern) for kind, pattern in select)
 
 
@@ -154,4 +174,7 @@ def _read_weights(path: str) -> str:
     try:
         return files.read_small(path, _WEIGHTS_FILE_LIMIT).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{shorten(path)}: not UTF-8: byte {error.start}") from None
+        raise InputError(
+            f"{shorten(path)}: not UTF-8: byte {error.start}",
+            "write a text of lines such as: 5000 0.25",
+        ) from None

@@ -43,14 +43,8 @@ def masked(crc: int) -> int:
     return ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF
 
 
-def unmasked(stored: int) -> int:
-    """Undo `masked`."""
-    rotated = (stored - _MASK_DELTA) & 0xFFFFFFFF
-    return (rotated >> 17 | rotated << 15) & 0xFFFFFFFF
-
-
 def unmasked_all(stored: Array) -> Array:
-    """`unmasked` of each number; uint32 in and out."""
+    """Undo `masked` for each number; uint32 in and out."""
     rotated = stored - np.uint32(_MASK_DELTA)
     result: Array = rotated >> np.uint32(17) | rotated << np.uint32(15)
     return result

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from ema_cli import exporting, runs, updating
+from ema_cli import exporting, hints, runs, updating
 from ema_cli import plan as planning
 from ema_cli.destination import check_destination
 from ema_cli.durable import exists, free_bytes
@@ -95,7 +95,7 @@ def continue_state(
         run, new, notes = _seen(state, run)
         update = updating.prepare_update(state, request, run, new) if new else None
         described = describe(state, update) if update else None
-        found = warnings(described) if described else []
+        found = warnings(described, again=True, state=path) if described else []
         if strict:
             refuse_warnings(found, run)
         if on_planned is not None:
@@ -133,7 +133,7 @@ def _applied(state: State) -> list[Row]:
 def _find(request: Request, path: str) -> Run:
     """Return the run asked for, before anything is made for its state at `path`."""
     if not path:
-        raise UsageError("--state: expected a directory")
+        raise UsageError("--state: expected a directory", hints.STATE)
     settings.check_possible(request)
     planning.check_output(request)
     run = runs.find(request.paths, request.choice)
@@ -199,7 +199,8 @@ def _export(
     notes: list[str] = []
     for average in request.averages if request.output is not None else ():
         plan = exporting.make(state, request, average)
-        result = run_plan(plan, overwrite=overwrite, executor=executor, on_event=on_event)
+        tell = exporting.told_of(plan, on_event)
+        result = run_plan(plan, overwrite=overwrite, executor=executor, on_event=tell)
         written.extend(result.outputs)
         plans.append(plan)
         notes.extend(result.notes)
@@ -243,7 +244,14 @@ def _check_settings(state: State, request: Request) -> None:
 
 @dataclass(frozen=True, eq=False)
 class ExportResult:
-    """What `export` wrote: the plans and outputs, one per average, and the step of the state."""
+    """What `export` wrote.
+
+    Attributes:
+        plans: one per average.
+        outputs: one per average, in the same order.
+        step: the last step that the state has averaged.
+        notes: what could not be promised, e.g. reserved space.
+    """
 
     plans: tuple[Plan, ...]
     outputs: tuple[Written, ...]
@@ -278,7 +286,10 @@ def export_state(
         known = [average.label for average in bound.averages]
         for label in labels:
             if label not in known:
-                raise UsageError(f"--average {shorten(label)}: expected one of {', '.join(known)}")
+                raise UsageError(
+                    f"--average {shorten(label)}: expected one of {', '.join(known)}",
+                    hints.did_you_mean(label, known, "leave out --average to write all of them"),
+                )
         wishes = dataclasses.replace(request.wishes, name=bound.wishes.name)
         asked = dataclasses.replace(
             bound,

@@ -12,7 +12,7 @@ import os
 import stat
 from collections.abc import Iterable, Sequence
 
-from ema_cli import durable, provenance
+from ema_cli import durable, hints, provenance
 from ema_cli.blueprint import Layout
 from ema_cli.errors import OutputExists, StorageError, storage_errors
 from ema_cli.formats import FORMATS, folders, tensorflow
@@ -89,7 +89,7 @@ def _refuse_inputs(paths: Sequence[str], shown: str, inputs: Iterable[Stamp]) ->
             if inside or (os.path.exists(path) and _same_file(path, stamp)):
                 raise OutputExists(
                     f"{shown}: is an input, or holds one: {shorten(stamp.path, 1000)}",
-                    "write to another name with -o",
+                    hints.OTHER_NAME,
                 )
 
 
@@ -106,14 +106,16 @@ def check_replaceable(layout: Layout) -> None:
         return
     for path in standing(layout):
         if not stat.S_ISREG(os.lstat(path).st_mode):
-            raise OutputExists(f"{shorten(path, 1000)}: only a regular file can be replaced")
+            raise OutputExists(
+                f"{shorten(path, 1000)}: only a regular file can be replaced", hints.OTHER_NAME
+            )
 
 
 def _check_folder(path: str) -> None:
     """A folder is deleted when it is replaced: never one that may hold something else."""
     shown = shorten(path, 1000)
     if not stat.S_ISDIR(os.lstat(path).st_mode):
-        raise OutputExists(f"{shown}: expected a folder to replace, found a file")
+        raise OutputExists(f"{shown}: expected a folder to replace, found a file", hints.OTHER_NAME)
     with os.scandir(path) as listing:
         entries = list(listing)
     own = folders.own_files(path)

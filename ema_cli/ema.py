@@ -16,9 +16,11 @@ import numpy as np
 from ema_cli import kernel
 from ema_cli.errors import Disagreement, UsageError
 from ema_cli.formats import safetensors
+from ema_cli.hints import did_you_mean
 from ema_cli.naming import SHADOW_NAME, lowered, shadow_of, unique_name
 from ema_cli.reading import ArrayReader, Source, TensorReader, Values
 from ema_cli.schedules import debias_factor, local_step, one_minus_decay
+from ema_cli.specs import meant_decay
 from ema_cli.states import shadows
 from ema_cli.states.binding import CLASS, Binding
 from ema_cli.states.own import Own, own_of
@@ -26,7 +28,7 @@ from ema_cli.states.records import AVERAGE, BIASED, COPY, LOCAL_STEP, Held, Mani
 from ema_cli.states.settings import CLASS_LABEL
 from ema_cli.states.shadows import ShadowStore, SlotWriter
 from ema_cli.tensors import Checkpoint, DType, Extent, describe, numpy_dtype
-from ema_cli.text import near_misses, shorten
+from ema_cli.text import shorten
 
 NumUpdates = int | str | Callable[[], int] | None
 
@@ -78,7 +80,10 @@ class ExponentialMovingAverage:
         if not _NAME.fullmatch(name):
             raise ValueError(f"'{shorten(name)}' is not a valid scope name")
         if isinstance(num_updates, str) and num_updates not in ("count", "step"):
-            raise UsageError(f"num_updates: expected 'count' or 'step', found '{num_updates}'")
+            raise UsageError(
+                f"num_updates: expected 'count' or 'step', found '{num_updates}'",
+                "give a number, 'count' for the updates made, or 'step' for global_step",
+            )
         if not callable(decay):
             _check_decay(decay)
         self._decay = decay
@@ -181,21 +186,24 @@ class ExponentialMovingAverage:
                 raise Disagreement(
                     f"{values.where}: tensor '{shorten(name)}': expected "
                     f"{describe(dtype, shape)} as its shadow, found "
-                    f"{describe(*values.specs[name])}"
+                    f"{describe(*values.specs[name])}",
+                    "average each model with an object of its own",
                 )
         if var_list is None:
             var_list = values.trainable(self._name)
         for name in var_list if not isinstance(var_list, str) else ():
             if not safetensors.can_name(name):
-                raise Disagreement(f"{values.where}: a store cannot hold '{shorten(name)}'")
+                raise Disagreement(
+                    f"{values.where}: a store cannot hold '{shorten(name)}'",
+                    "name the tensors to average in var_list, without this one",
+                )
         if isinstance(var_list, str):
             raise TypeError("var_list: expected a list of names, found a str")
         for name in var_list:
             if name not in values.specs:
-                close = near_misses(name, values.specs)
                 raise Disagreement(
                     f"{values.where}: tensor '{shorten(name)}' is missing",
-                    f"did you mean {' or '.join(shorten(c) for c in close)}" if close else "",
+                    did_you_mean(name, values.specs),
                 )
             if not values.specs[name][0].averaged:
                 raise TypeError(f"The variables must be half, float, or double: {shorten(name)}")
@@ -307,6 +315,9 @@ class ExponentialMovingAverage:
     def average(self, name: str) -> kernel.Array | None:
         """Return the shadow of variable `name`, or None when it is not averaged.
 
+        Args:
+            name: of the variable, as it is called in the checkpoints.
+
         The array has the variable's shape and dtype, is mapped read-only from the shadow's file,
         and stays valid until the second next `apply`.
         """
@@ -314,6 +325,9 @@ class ExponentialMovingAverage:
 
     def average_name(self, name: str) -> str:
         """Return what the shadow of variable `name` is, or would be, called.
+
+        Args:
+            name: of the variable.
 
         After `apply` the name it has; before, ``<name>/<self.name>`` made unique among the
         tensors known so far.
@@ -358,7 +372,9 @@ def _check_decay(decay: object) -> None:
     if not isinstance(decay, float | int | np.floating | np.integer):
         raise TypeError(f"decay: expected a number, found {type(decay).__name__}")
     if not 0 <= decay <= 1:
-        raise UsageError(f"decay: expected a number in [0, 1], found {decay}")
+        raise UsageError(
+            f"decay: expected a number in [0, 1], found {decay}", meant_decay(str(decay))
+        )
 
 
 def _transfer(writer: SlotWriter, name: str, reader: TensorReader | ArrayReader) -> None:

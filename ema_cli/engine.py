@@ -7,11 +7,14 @@ and may run twice, in threads or in other processes.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import dataclasses
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ema_cli import kernel
 from ema_cli.blueprint import COPY
@@ -32,11 +35,31 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """An event: bytes read so far and in all; the `note`, if any, is to be told."""
+    """How far the work is.
+
+    Attributes:
+        read: bytes read so far.
+        total: bytes in all.
+        note: something to tell, or empty.
+        earlier: of `read`, what another process had read before this one went on.
+        what: what is worked on, such as ``20 checkpoints, steps 100 to 2,000``; or empty.
+    """
 
     read: int
     total: int
     note: str = ""
+    earlier: int = 0
+    what: str = ""
+
+
+OnEvent = Callable[[Progress], None]
+
+
+def about(what: str, tell: OnEvent | None) -> OnEvent | None:
+    """Return what tells events as being about `what`."""
+    if tell is None:
+        return None
+    return lambda event: tell(dataclasses.replace(event, what=what))
 
 
 def carry_out(
@@ -60,8 +83,9 @@ def carry_out(
     for done in earlier.values():
         read += done.read
         on_done(done)
+    before = read
     if earlier:
-        on_event(Progress(read, total))
+        on_event(Progress(read, total, earlier=before))
     left = ((k, task) for k, task in enumerate(tasks(work, outputs)) if k not in earlier)
 
     def record(ordinal: int, done: Done) -> None:
@@ -70,7 +94,7 @@ def carry_out(
 
     for ordinal, done in bounded(executor, run_task, left, 2 * work.manner.workers, record):
         read += done.read
-        on_event(Progress(read, total))
+        on_event(Progress(read, total, earlier=before))
         on_done(done)
         record(ordinal, done)
         if done.flaw is not None:
@@ -117,6 +141,8 @@ def tasks(work: Work, outputs: Sequence[str]) -> Iterator[Task]:
     manner = work.manner
     handles = handle_limit(manner.workers)
     block = block_elements(BLOCK_ELEMENTS, manner.workers, max(len(work.schedules), 1))
+    if manner.measured:  # in whole chunks, so that distances do not depend on the block
+        block -= block % kernel.CHUNK
     common = Task(
         *(work.inputs, tuple(outputs), (), handles),
         *(manner.check, block, manner.like, manner.summed),
@@ -144,17 +170,25 @@ def pieces(work: Work) -> Iterator[Piece]:
         ]
         sources = _sources(work, one, used)
         accumulators = tuple(
-            Accumulator(c, divisor, targets, schedule.decay)
-            for c, divisor, targets, schedule in zip(
-                coefficients, divisors, one.targets, work.schedules, strict=True
+            Accumulator(c, divisor, targets, schedule.decay, ordinal)
+            for ordinal, (c, divisor, targets, schedule) in enumerate(
+                zip(coefficients, divisors, one.targets, work.schedules, strict=True)
             )
             if targets
         )
         for start in range(0, one.elements, TASK_ELEMENTS):
             count = min(TASK_ELEMENTS, one.elements - start)
-            yield Piece(shadow, count, start, sources, accumulators)
+            segments = _within(one.segments, start, start + count)
+            yield Piece(shadow, count, start, sources, accumulators, segments)
     for copy in work.copies:
         yield from _copied_pieces(work, copy)
+
+
+def _within(segments: Sequence[tuple[int, int]], start: int, stop: int) -> tuple[Any, ...]:
+    """Return the segments of a range that its elements from `start` to `stop` lie in."""
+    first = bisect.bisect_right(segments, start, key=operator.itemgetter(0))
+    last = bisect.bisect_left(segments, stop, key=operator.itemgetter(0))
+    return tuple(segments[first : last + 1])
 
 
 def _sources(work: Work, one: Range, used: Sequence[int]) -> tuple[Source, ...]:

@@ -13,12 +13,13 @@ the text is made in ``__str__``. Exit codes are the contract of ``docs/architect
     │   ├── InputChanged         changed between plan and publication
     │   └── DamagedState         a file of a state is not what was written
     ├── Disagreement         13  names, shapes, dtypes or steps disagree
+    │   └── Outlier              a checkpoint does not seem to belong to its run
     ├── OutputExists         14  output exists or is an input
     ├── StorageError         15  disk full or I/O error
     ├── OtherSettings        16  the state belongs to other settings
     └── NonFinite            17  a result is NaN or infinite
 
-130 and 143 (interrupted, terminated) are signals, not errors.
+130, 141 and 143 (interrupted, unread, terminated) are signals, not errors.
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ class EmaError(Exception):
 
     Args:
         message: one line, *where: what: expected and found*, made of safe text.
-        hint: the command or change that helps; may be empty.
+        hint: the command or change that helps; `remedy`, that of the class, where it is empty.
     """
 
     exit_code = 1
+    remedy = "run again with EMA_AVG_DEBUG=1 and report what it shows"
 
     @property
     def message(self) -> str:
@@ -48,8 +50,8 @@ class EmaError(Exception):
 
     @property
     def hint(self) -> str:
-        """What would help, or an empty string."""
-        return str(self.args[1]) if len(self.args) > 1 else ""
+        """What would help."""
+        return str(self.args[1]) if len(self.args) > 1 and self.args[1] else self.remedy
 
     def __str__(self) -> str:
         return self.message
@@ -59,24 +61,28 @@ class UsageError(EmaError):
     """The command line or the arguments make no sense."""
 
     exit_code = 2
+    remedy = "ema-avg --help lists the commands, ema-avg COMMAND --help the options of one"
 
 
 class NothingToAverage(EmaError):
     """No usable checkpoint was found, or a selection left none."""
 
     exit_code = 10
+    remedy = "see what lies there with ema-avg inspect RUN"
 
 
 class Locked(EmaError):
-    """Another process is writing the same output."""
+    """Another process is writing to the same output or state."""
 
     exit_code = 11
+    remedy = "wait for it, or stop it"
 
 
 class InputError(EmaError):
     """An input is damaged, hostile, unsupported or changed while it was read."""
 
     exit_code = 12
+    remedy = "name a checkpoint, or a directory of checkpoints: ema-avg inspect DIR lists them"
 
 
 class DamagedFile(InputError):
@@ -87,6 +93,8 @@ class DamagedFile(InputError):
         reason: the invariant with what was expected and found.
         tensor: the tensor the reason is about, if any.
     """
+
+    remedy = "copy the file again from where it was written, or leave it out with --glob"
 
     def __init__(self, path: str, reason: str, tensor: str | None = None) -> None:
         super().__init__(path, reason, tensor)
@@ -101,15 +109,19 @@ class DamagedFile(InputError):
     @property
     def hint(self) -> str:
         """What can be done about a damaged file."""
-        return "copy the file again from where it was written, or leave it out with --glob"
+        return self.remedy
 
 
 class UnsupportedInput(InputError):
     """The input is something we know of but do not read."""
 
+    remedy = "save it again with what wrote it, in a format that ema-avg reads, such as safetensors"
+
 
 class InputChanged(InputError):
     """An input changed between the plan and the publication of the result."""
+
+    remedy = "run again when nothing writes to it any more; nothing was published"
 
 
 class DamagedState(InputError):
@@ -119,6 +131,8 @@ class DamagedState(InputError):
         path: the file.
         reason: what was expected and found.
     """
+
+    remedy = "bring the state back from a copy, or begin a new one in another directory"
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(path, reason)
@@ -132,37 +146,50 @@ class DamagedState(InputError):
     @property
     def hint(self) -> str:
         """What can be done about a damaged state."""
-        return "bring the state back from a copy, or begin a new one in another directory"
+        return self.remedy
 
 
 class Disagreement(EmaError):
     """Names, shapes, dtypes or steps disagree."""
 
     exit_code = 13
+    remedy = "leave out what differs: checkpoints with --glob or --steps, tensors with --exclude"
+
+
+class Outlier(Disagreement):
+    """A checkpoint does not seem to belong to its run."""
+
+    remedy = "leave the checkpoint out with --steps or by naming the others"
 
 
 class OutputExists(EmaError):
     """The output exists already, or is one of the inputs."""
 
     exit_code = 14
+    remedy = "write to another name with -o"
 
 
 class StorageError(EmaError):
     """The disk is full or an I/O call failed."""
 
     exit_code = 15
+    remedy = "see to the path, its permissions and the disk, then give the same command again"
 
 
 class OtherSettings(EmaError):
     """A state belongs to other settings than those asked for."""
 
     exit_code = 16
+    remedy = "give the settings the state has, or another directory with --state DIR"
 
 
 class NonFinite(EmaError):
     """A value of the result is NaN or infinite."""
 
     exit_code = 17
+    remedy = (
+        "leave the checkpoint out with --steps or --glob, or let it pass with --non-finite allow"
+    )
 
 
 EXIT_CODES: dict[int, str] = {
@@ -179,6 +206,7 @@ EXIT_CODES: dict[int, str] = {
     16: "the state belongs to other settings",
     17: "non-finite values",
     130: "interrupted",
+    141: "nobody reads the output any more",
     143: "terminated",
 }
 

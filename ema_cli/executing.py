@@ -19,8 +19,13 @@ def executor_of(given: Executor | None, workers: int) -> Iterator[Executor]:
     if given is not None:
         yield given
         return
-    with ThreadPoolExecutor(workers, thread_name_prefix="ema-avg") as pool:
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="ema-avg")
+    try:
         yield pool
+    except BaseException:
+        pool.shutdown(cancel_futures=True)  # what runs comes to its end, what waits is not begun
+        raise
+    pool.shutdown()
 
 
 @contextlib.contextmanager

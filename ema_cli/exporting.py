@@ -14,6 +14,7 @@ from ema_cli import plan as planning
 from ema_cli.averages import Average
 from ema_cli.blueprint import BIASED, Layout
 from ema_cli.durable import free_bytes
+from ema_cli.engine import OnEvent, about
 from ema_cli.errors import Disagreement, UsageError
 from ema_cli.layout import Wishes, lay_out
 from ema_cli.plan import Costs, Outcome, Plan, Request
@@ -57,6 +58,12 @@ def make(state: State, request: Request, average: Average) -> Plan:
     free = free_bytes(os.path.dirname(path.rstrip("/")))
     costs = Costs(work.read, layout.nbytes, planning.BASE_BYTES, free)
     return Plan(request, run, (full,), (outcome,), work, costs)
+
+
+def told_of(plan: Plan, tell: OnEvent | None) -> OnEvent | None:
+    """Return what tells of an output's making under its name."""
+    name = os.path.basename(plan.outcomes[0].layout.path.rstrip("/"))
+    return about(f"writing {shorten(name, 60)}", tell)
 
 
 def _possible(wishes: Wishes, *, complete: bool) -> Wishes:

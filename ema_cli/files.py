@@ -21,6 +21,7 @@ from ema_cli.errors import (
     InputError,
     StorageError,
 )
+from ema_cli.hints import PERMISSION, near_path
 from ema_cli.tensors import Stamp
 from ema_cli.text import shorten, size
 
@@ -57,14 +58,20 @@ def open_input(path: str) -> int:
     if not stat.S_ISREG(mode):
         os.close(fd)
         kind = next((text for test, text in _KINDS if test(mode)), "not a regular file")
-        raise InputError(f"{shorten(path, 1000)}: expected a regular file, found {kind}")
+        raise InputError(
+            f"{shorten(path, 1000)}: expected a regular file, found {kind}",
+            "name the file itself; what comes through a pipe is saved to a file first",
+        )
     return fd
 
 
 def _cannot_open(path: str, error: OSError) -> EmaError:
     if error.errno in (errno.EIO, errno.EMFILE, errno.ENFILE):
         return StorageError(f"{shorten(path, 1000)}: cannot open: {os.strerror(error.errno)}")
-    return InputError(f"{shorten(path, 1000)}: cannot open: {os.strerror(error.errno or 0)}")
+    reason = os.strerror(error.errno or 0)
+    hint = PERMISSION if error.errno in (errno.EACCES, errno.EPERM) else ""
+    hint = near_path(path) if error.errno == errno.ENOENT else hint
+    return InputError(f"{shorten(path, 1000)}: cannot open: {reason}", hint)
 
 
 def stamp(fd: int, path: str) -> Stamp:

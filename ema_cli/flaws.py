@@ -6,16 +6,20 @@ import numpy as np
 
 from ema_cli.errors import EmaError, NonFinite
 from ema_cli.files import read_at
+from ema_cli.invocation import another
 from ema_cli.regions import stretches
 from ema_cli.tasks import Flaw, Piece, Source
 from ema_cli.tensors import Checkpoint, Tensor, numpy_dtype
-from ema_cli.text import shorten
+from ema_cli.text import command, shorten
 from ema_cli.verifying import check
 from ema_cli.work import Work
 
 
-def explain(work: Work, flaw: Flaw) -> EmaError:
-    """Return the error that names the first checkpoint and the tensor of a non-finite value."""
+def explain(work: Work, flaw: Flaw, state: str = "") -> EmaError:
+    """Return the error that names the first checkpoint and the tensor of a non-finite value.
+
+    `state` is that of an update, once it is bound to its settings.
+    """
     piece = flaw.piece
     coefficients = piece.accumulators[flaw.accumulator].coefficients
     for source, coefficient in zip(piece.sources, coefficients, strict=True):
@@ -25,15 +29,32 @@ def explain(work: Work, flaw: Flaw) -> EmaError:
             return check(checkpoint, tensor) or NonFinite(
                 f"{shorten(checkpoint.path, 1000)}: tensor '{shorten(tensor.name)}' holds "
                 f"{value}, the first non-finite value",
-                "leave the checkpoint out with --steps or --glob, copy the tensor with --exclude, "
-                "or let it pass with --non-finite allow",
+                _leave_out(tensor, state),
             )
     _, tensor = _locate(work, piece, piece.sources[-1], flaw.element)
     return NonFinite(
         f"tensor '{shorten(tensor.name)}': every input is finite, but the average is not in "
         f"{flaw.dtype}",
-        _wider(flaw.dtype) + "let it pass with --non-finite allow",
+        _wider(flaw.dtype) + _let_pass(state),
     )
+
+
+def _leave_out(tensor: Tensor, state: str) -> str:
+    exclude = command("--exclude", tensor.name)
+    if state:  # which checkpoints are taken is no setting of it
+        return (
+            f"leave the checkpoint out with --steps or --glob, or begin another state: {exclude} "
+            f"or --non-finite allow with {command('--state', another(state))}"
+        )
+    return (
+        f"leave the checkpoint out with --steps or --glob, copy the tensor with {exclude}, or "
+        f"{_let_pass(state)}"
+    )
+
+
+def _let_pass(state: str) -> str:
+    elsewhere = f" in another state, {command('--state', another(state))}" if state else ""
+    return f"let it pass with --non-finite allow{elsewhere}"
 
 
 def _wider(dtype: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import os
 import re
 
 from ema_cli.averages import Average, Ema
@@ -12,10 +14,26 @@ from ema_cli.search import Choice
 from ema_cli.specs import default_label
 
 
-def run_words(request: Request, averages: tuple[Average, ...]) -> list[str]:
-    """Return the words of ``ema-avg run`` for `request`, but with these averages."""
-    words = ["ema-avg", "run", *request.paths, *_settings(request, averages, exact=False)]
-    return [*words, *_wishes(request.wishes), "-o", request.output or "OUT"]
+def run_words(
+    request: Request, averages: tuple[Average, ...], state: str = "", word: str = "run"
+) -> list[str]:
+    """Return the words of ``ema-avg run`` for `request`, but with these averages.
+
+    With the directory of a `state`, which is bound to other averages, they begin another state.
+    `word` is the command instead of ``run``.
+    """
+    words = ["ema-avg", word, *request.paths, *_settings(request, averages, exact=False)]
+    if state:
+        words += ["--state", another(state)]
+    output = request.output or ("" if state else "OUT")
+    return [*words, *_wishes(request.wishes), *(["-o", output] if output else [])]
+
+
+def another(path: str) -> str:
+    """Return the name of a state that is not there yet: `path` itself, or numbered from 2 on."""
+    path = path.rstrip("/") or path
+    numbered = (f"{path}-{k}" for k in itertools.count(2))
+    return next(name for name in itertools.chain([path], numbered) if not os.path.lexists(name))
 
 
 def setting_words(request: Request) -> list[str]:

@@ -14,6 +14,7 @@ where an operand or an intermediate is below 1.2e-38 (float64: 2.3e-308). And a 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,9 @@ Array = np.ndarray[Any, Any]
 
 SHADOW_DTYPES = ("auto", "same")
 LIKE = ("tensorflow", "torch", "keras")
+# Elements whose squares are summed in their own dtype; such sums are added in float64. Rows as
+# short as this a BLAS multiplies without threads of its own.
+CHUNK = 4096
 
 
 def quiet() -> np.errstate:
@@ -50,7 +54,13 @@ def cast_coefficient(c: float, dtype: str) -> Any:
     return numpy_dtype(dtype).type(c)
 
 
-def update(shadow: Array, value: Array, c: Any, scratch: Array) -> None:
+def update(
+    shadow: Array,
+    value: Array,
+    c: Any,
+    scratch: Array,
+    seen: Callable[[Array], None] | None = None,
+) -> None:
     """Mix `value` into `shadow` in place: ``shadow -= (shadow - value) * c``.
 
     Args:
@@ -58,6 +68,7 @@ def update(shadow: Array, value: Array, c: Any, scratch: Array) -> None:
         value: same shape and dtype; left alone unless it is `scratch`.
         c: `cast_coefficient` of the same dtype; 1 copies and 0 leaves alone, without arithmetic.
         scratch: same shape and dtype; overwritten, may be `value` itself.
+        seen: shown ``shadow - value`` before it is multiplied; must leave it alone.
     """
     if c == 0:
         return
@@ -65,6 +76,8 @@ def update(shadow: Array, value: Array, c: Any, scratch: Array) -> None:
         np.copyto(shadow, value)
         return
     np.subtract(shadow, value, out=scratch)
+    if seen is not None:
+        seen(scratch)
     np.multiply(scratch, c, out=scratch)
     np.subtract(shadow, scratch, out=shadow)
 
@@ -103,6 +116,22 @@ def _round_to_odd(value: Array) -> Array:
         bits -= (np.abs(back) > np.abs(value)).astype(np.uint32)
         bits |= (back != value).astype(np.uint32)
     return single
+
+
+def sum_of_squares(values: Array, first: int = 0) -> float:
+    """Return the sum of the squares of a flat float32 or float64 array, right to about 1e-7.
+
+    `first` is the place of its first element in something larger, which is cut into chunks from
+    its beginning: so the sums of chunks do not depend on the block that they are in.
+    """
+    head = min(-first % CHUNK, len(values))
+    rows = values[head : head + (len(values) - head) // CHUNK * CHUNK].reshape(-1, CHUNK)
+    tail = values[head + rows.size :]
+    total = float(np.matmul(rows[:, None, :], rows[:, :, None]).sum(dtype=np.float64))
+    for rest in (values[:head], tail):
+        if len(rest):
+            total += float(np.dot(rest, rest))
+    return total
 
 
 def divide(shadow: Array, factor: float, out: Array) -> None:

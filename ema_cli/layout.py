@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ema_cli import naming, schedules
+from ema_cli import hints, naming, schedules
 from ema_cli.blueprint import (
     AVERAGE,
     BIASED,
@@ -67,7 +67,8 @@ def output_format(path: str, wishes: Wishes, last: Checkpoint) -> str:
     if wishes.format is not None:
         if wishes.format not in FORMATS:
             raise UsageError(
-                f"--format: expected one of {', '.join(FORMATS)}, found '{shorten(wishes.format)}'"
+                f"--format: expected one of {', '.join(FORMATS)}, found '{shorten(wishes.format)}'",
+                hints.did_you_mean(wishes.format, FORMATS, "leave out --format"),
             )
         chosen = wishes.format
     else:

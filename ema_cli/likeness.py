@@ -51,7 +51,7 @@ def update_torch(shadow: Array, value: Array, weight: float, scratch: Array) -> 
     Args:
         shadow: flat; float16, bfloat16, float32 or float64, the variable's own dtype.
         value: same length and dtype; left alone.
-        weight: ``1 - decay``, in float64; for an equal average `torch_mean_weight`.
+        weight: ``1 - decay``, in float64.
         scratch: flat float64, `SCRATCH` elements or more; overwritten.
     """
     rows = scratch[:SCRATCH].reshape(_ROWS, _CHUNK)
@@ -59,15 +59,6 @@ def update_torch(shadow: Array, value: Array, weight: float, scratch: Array) -> 
     for start in range(0, len(shadow), _CHUNK):
         part = slice(start, start + _CHUNK)
         lerp(shadow[part], value[part], weight, rows)
-
-
-def torch_mean_weight(count: int) -> float:
-    """Return the weight of value number `count` under `get_swa_multi_avg_fn`.
-
-    ``1 / count`` in float32 for every dtype, since the count is a tensor of integers there. It is
-    what `AveragedModel` does unasked on a GPU; on a CPU see `update_torch_mean`.
-    """
-    return float(np.float32(1) / np.float32(count))
 
 
 def update_torch_mean(shadow: Array, value: Array, count: int, scratch: Array) -> None:

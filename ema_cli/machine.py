@@ -40,5 +40,5 @@ def all_versions() -> dict[str, str]:
     """Return what a bug report needs: the versions of all packages we use."""
     import importlib.metadata  # slow to import, and needed here only
 
-    packages = ("numpy", "ml_dtypes", "safetensors", "fastcrc", "click", "rich")
+    packages = ("numpy", "ml_dtypes", "safetensors", "fastcrc", "h5py", "click", "rich")
     return {**versions(), **{name: importlib.metadata.version(name) for name in packages}}

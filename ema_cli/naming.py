@@ -14,8 +14,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from ema_cli.errors import Disagreement, UsageError
+from ema_cli.hints import near_glob
 from ema_cli.tensors import Index, Role, Tensor
-from ema_cli.text import encodable, near_misses, shorten
+from ema_cli.text import encodable, shorten
 
 SHADOW_NAME = "ExponentialMovingAverage"
 STEP_NAMES = ("global_step", "step", "iterations")
@@ -170,14 +171,16 @@ def check_rules(rules: Sequence[Rule], tensors: Collection[str]) -> None:
     """Raise `Disagreement` for a rule that matches no tensor, with names that look like it."""
     for rule in rules:
         if not any(matches(rule.pattern, tensor) for tensor in tensors):
-            close = near_misses(rule.pattern, tensors)
             raise Disagreement(
                 f"{rule.option} matches no tensor",
-                f"did you mean {' or '.join(shorten(name) for name in close)}" if close else "",
+                near_glob(rule.pattern, tensors, "ema-avg inspect PATH lists the names there are"),
             )
 
 
 # ---------------------------------------------------------------------------- renaming
+
+
+_REGEX = "a regular expression and what takes its place: --rule '^model/' ''"
 
 
 def compile_rules(rules: Sequence[tuple[str, str]]) -> list[tuple[re.Pattern[str], str]]:
@@ -189,7 +192,7 @@ def compile_rules(rules: Sequence[tuple[str, str]]) -> list[tuple[re.Pattern[str
             re.sub(expression, replacement, "")
         except (re.error, IndexError) as error:
             raise UsageError(
-                f"--rule '{shorten(pattern)}' '{shorten(replacement)}': {error}"
+                f"--rule '{shorten(pattern)}' '{shorten(replacement)}': {error}", _REGEX
             ) from None
         compiled.append((expression, replacement))
     return compiled
@@ -201,7 +204,7 @@ def apply_rules(name: str, rules: Iterable[tuple[re.Pattern[str], str]]) -> str:
         try:
             name = expression.sub(replacement, name)
         except (re.error, IndexError) as error:
-            raise UsageError(f"--rule '{shorten(expression.pattern)}': {error}") from None
+            raise UsageError(f"--rule '{shorten(expression.pattern)}': {error}", _REGEX) from None
     return name
 
 
@@ -231,7 +234,9 @@ def check_distinct(names: Iterable[tuple[str, str]], possible: Callable[[str], b
 def check_shadow_name(name: str) -> None:
     """Raise `UsageError` for a ``--name`` that gives no usable names."""
     if not name or not encodable(name):
-        raise UsageError(f"--name: expected a name for the shadows, found '{shorten(name)}'")
+        raise UsageError(
+            f"--name: expected a name for the shadows, found '{shorten(name)}'", "leave out --name"
+        )
 
 
 # ---------------------------------------------------------------------------- restore map

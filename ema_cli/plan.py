@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -82,9 +83,14 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What carrying out a plan takes, in bytes; `free` is what the disk has now.
+    """What carrying out a plan takes, in bytes.
 
-    `spill` is what has to be unpacked to a temporary file before it can be read.
+    Attributes:
+        read: tensor data of the inputs.
+        write: all outputs.
+        memory: about what the process will hold.
+        free: what the disk has now.
+        spill: what has to be unpacked to a temporary file before it can be read.
     """
 
     read: int
@@ -115,25 +121,38 @@ class Plan:
     costs: Costs
 
 
-def make(request: Request) -> Plan:
+def make(request: Request, run: runs.Run | None = None) -> Plan:
     """Return the plan for `request`: reads headers and scalar steps, no other tensor data.
 
-    Raises every error that can be known before: `InputError`, `Disagreement`, `UsageError`,
+    `run` is what to average, where that is known already. Raises every error that can be known before: `InputError`, `Disagreement`, `UsageError`,
     `NothingToAverage`.
     """
     check_output(request)
-    known: Known = {}
-    run = runs.find(request.paths, request.choice, known)
+    if run is None:
+        known: Known = {}
+        run = runs.find(request.paths, request.choice, known)
     schedules, ordinals = _schedules(request, run)
     used = _used(schedules)
     check_rules_of(request.rules, (run.checkpoints[k].index for k in used))
     outcomes = _outcomes(request, run, schedules, ordinals, used)
-    last = run.checkpoints[used[-1]]
-    selection = next(o.selection for o in outcomes if o.last is last)
-    destinations = _destinations(outcomes)
-    work = prepare(run.checkpoints, schedules, selection.averaged, destinations, request.manner)
+    work = _work(run, schedules, outcomes, request.manner)
     costs = _costs(request, outcomes, work)
     return Plan(request, run, tuple(schedules), tuple(outcomes), work, costs)
+
+
+def _work(
+    run: runs.Run, schedules: Sequence[Schedule], outcomes: Sequence[Outcome], manner: Manner
+) -> Work:
+    last = run.checkpoints[_used(schedules)[-1]]
+    averaged = next(outcome.selection for outcome in outcomes if outcome.last is last).averaged
+    return prepare(run.checkpoints, schedules, averaged, _destinations(outcomes), manner)
+
+
+def measured(plan: Plan) -> Plan:
+    """Return the plan with work that measures how far the checkpoints lie from the averages."""
+    manner = dataclasses.replace(plan.work.manner, measured=True)
+    work = _work(plan.run, plan.schedules, plan.outcomes, manner)
+    return dataclasses.replace(plan, work=work)
 
 
 def check_output(request: Request) -> None:

@@ -13,6 +13,7 @@ from ema_cli.blueprint import CHUNK_BYTES, Layout
 from ema_cli.checksums import crc32c
 from ema_cli.engine import Progress
 from ema_cli.executing import executor_of, spilled
+from ema_cli.measuring import Measured
 from ema_cli.output import Unpublished
 from ema_cli.progress import Log
 from ema_cli.tasks import Done, Task
@@ -23,6 +24,7 @@ from ema_cli.work import Work
 OnEvent = Callable[[Progress], None]
 # Provenance as far as the plan knows it, and the digest by which an equal output is recognised.
 Document = tuple[dict[str, Any], str]
+Judge = Callable[[Measured], Sequence[dict[str, Any]]]
 
 # Seconds that a signal waits for the last finished tasks to be recorded.
 PATIENCE = 5.0
@@ -41,6 +43,7 @@ def produce(
     resumable: bool = False,
     restart: bool | None = None,
     stale: str = "",
+    judge: Judge | None = None,
 ) -> list[str]:
     """Carry out work and publish its outputs; returns what could not be promised.
 
@@ -55,6 +58,8 @@ def produce(
             to another process when a signal ends this one.
         restart: continue nothing; None where nobody can ask for that.
         stale: why a killed process' work is not continued, where its log does not tell.
+        judge: told what was measured before anything is published; returns what the provenance of
+            each output says of it.
     """
     tell = on_event or _ignore
     with contextlib.ExitStack() as stack:
@@ -72,7 +77,7 @@ def produce(
             note = _open(made, log, engine.tasks(work, paths), why)
             if note:
                 tell(Progress(0, work.read, note))
-            notes = _fill(work, made, documents, pool, tell, log)
+            notes = _fill(work, made, documents, pool, tell, log, judge)
         except BaseException as error:
             keep = left_to_another(error, log, restart)
             for one in made:
@@ -106,11 +111,13 @@ def _fill(
     pool: Executor,
     tell: OnEvent,
     log: Log | None,
+    judge: Judge | None = None,
 ) -> list[str]:
     """Compute, seal and publish the outputs; returns what could not be promised."""
-    verifier = Verifier(work)
+    verifier, measured = Verifier(work), Measured()
 
     def verified(done: Done) -> None:
+        measured.add(done.measured)
         for unit, part in done.parts.items():
             verifier.add(unit, part)
 
@@ -119,12 +126,15 @@ def _fill(
     if flaw is not None:
         raise flaws.explain(work, flaw)
     verifier.finish()
+    told = judge(measured) if judge is not None else [{} for _ in made]
     sealed_files = [one.seal(pool) for one in made]
     files.check_all_unchanged(work.inputs)
     if log is not None:
         log.close()
-    for one, finished, (document, digest) in zip(made, sealed_files, documents, strict=True):
-        sealed = record.sealed(document, digest, one.fingerprint(), finished)
+    for one, finished, (document, digest), more in zip(
+        made, sealed_files, documents, told, strict=True
+    ):
+        sealed = record.sealed({**document, **more}, digest, one.fingerprint(), finished)
         one.publish(sealed)
     if log is not None:
         log.remove()
@@ -147,6 +157,7 @@ def _key(work: Work, layouts: Sequence[Layout], documents: Sequence[Document]) -
             "plans": [digest for _, digest in documents],
             "inputs": [stamp[1:] for stamp in work.inputs],
             "files": described,
+            "groups": work.groups,
         }
     )
 

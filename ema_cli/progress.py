@@ -19,7 +19,7 @@ from ema_cli import durable
 from ema_cli.errors import DamagedState, StorageError, storage_errors
 from ema_cli.readback import is_intact
 from ema_cli.states import sealed
-from ema_cli.tasks import Cloned, Done, Part, Task, Unit
+from ema_cli.tasks import Cloned, Done, Part, Sum, Task, Unit
 
 VERSION = 1
 # Seconds of work that may be lost, besides the tasks that are being worked on.
@@ -78,7 +78,7 @@ class Log:
                 return self.done
             if not stat.S_ISREG(os.fstat(self._fd).st_mode):
                 self._close()
-                raise StorageError(f"{self.path}: expected a regular file")
+                raise StorageError(f"{self.path}: expected a regular file", f"remove {self.path}")
             self.stale = self._read()
             if self.stale:
                 self._forget()
@@ -254,6 +254,7 @@ def _to_json(ordinal: int, done: Done) -> dict[str, Any]:
         "parts": [[*unit, *part] for unit, part in done.parts.items()],
         "made": [[*place, crc] for place, crc in done.made.items()],
         "cloned": done.cloned,
+        "measured": [[*key, value.hex()] for key, value in done.measured.items()],
     }
 
 
@@ -269,6 +270,7 @@ def _from_json(record: Any) -> tuple[int, Done]:
         {(file, chunk): crc for file, chunk, crc in made},
         None,
         tuple(Cloned(*_numbers(row)) for row in record["cloned"]),
+        {Sum(*_numbers(row)): float.fromhex(value) for *row, value in record["measured"]},
     )
     return ordinal, done
 

@@ -23,6 +23,7 @@ SCHEMA = 1
 # One checksum per this many bytes of an output file.
 CHECKSUM_BYTES = 64 << 20
 _LIMIT = 256 << 20
+_LEVELS = 16
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096
 _BLOCK = 1 << 20
@@ -138,7 +139,7 @@ def proves(document: Mapping[str, Any], output: str) -> bool:
         recorded = document["output"]["files"]
         paths = [path for _, path in files_of(output, [file["name"] for file in recorded])]
         for file, path in zip(recorded, paths, strict=True):
-            found = [checksums(path, ends)[0] for ends in cuts(file["size"])]
+            found = [checksums(path, ends)[0] for ends in cuts(file["bytes"])]
             if [f"{crc:08x}" for crc in found] != file["crc32c"]:
                 return False
     except (EmaError, LookupError, TypeError):
@@ -151,7 +152,7 @@ def staged_files(output: str) -> list[tuple[str, int]]:
     try:
         document = json.loads(read_small(_staged_for(output), _LIMIT))
         files = document["output"]["files"]
-        pairs = [(file["name"], file["size"]) for file in files if _bare(file["name"])]
+        pairs = [(file["name"], file["bytes"]) for file in files if _bare(file["name"])]
     except (EmaError, ValueError, LookupError, TypeError, RecursionError):
         return []
     return [(_path_of(output, name), n_bytes) for name, n_bytes in pairs]
@@ -176,7 +177,15 @@ def _read(path: str, output: str) -> Mapping[str, Any] | None:
             return None
     except (EmaError, ValueError, LookupError, TypeError, RecursionError):
         return None
-    return document if isinstance(document, dict) else None
+    return document if isinstance(document, dict) and _shallow(document, _LEVELS) else None
+
+
+def _shallow(value: Any, levels: int) -> bool:
+    """Whether a document is nested no deeper than ours are, which others need not be."""
+    if not isinstance(value, dict | list):
+        return True
+    inside = value.values() if isinstance(value, dict) else value
+    return levels > 0 and all(_shallow(item, levels - 1) for item in inside)
 
 
 def _bare(name: Any) -> bool:

@@ -7,7 +7,7 @@ its checkpoints and outputs have in common.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ema_cli import regions
@@ -72,12 +72,14 @@ class Range(NamedTuple):
         elements: how many.
         places: for each distinct index of the run.
         targets: for each distinct schedule, where its result goes.
+        segments: for neighbours of one group, where they end and its ordinal; see `work.Manner`.
     """
 
     dtype: str
     elements: int
     places: tuple[Place, ...]
     targets: tuple[tuple[Target, ...], ...]
+    segments: tuple[tuple[int, int], ...] = ()
 
 
 class Copy(NamedTuple):
@@ -112,15 +114,18 @@ def averaged_ranges(
     indexes: Sequence[Index],
     destinations: Sequence[Destination],
     schedules: int,
+    group_of: Mapping[str, int] | None = None,
 ) -> list[Range]:
     """Return the ranges of the averaged `tensors`, given in the order of their bytes.
 
-    Tensors that are stored once in every checkpoint are averaged once.
+    Tensors that are stored once in every checkpoint are averaged once, and belong to the group of
+    the first name: `group_of` tells each, unless none is asked for.
     """
     parts = (AVERAGE, BIASED)
     wanted = wanted_of((d, [e for e in d.layout.entries if e.part in parts]) for d in destinations)
     found: list[Range] = []
     elements: list[int] = []  # of each, with those of the tensors that follow it
+    segments: list[list[tuple[int, int]]] = []
     for group, (tensor, stored, names) in enumerate(_stored_once(tensors, indexes)):
         asked = [one for name in names for one in wanted.get(name, ())]
         asked = list({(one[0], id(one[1]), one[2], one[3][1:]): one for one in asked}.values())
@@ -128,6 +133,7 @@ def averaged_ranges(
             scattered = list(_scattered(tensor, stored, asked, schedules, group))
             found.extend(scattered)
             elements.extend(one.elements for one in scattered)
+            segments.extend(_segments(group_of, tensor, one.elements) for one in scattered)
             continue
         count = min(tensor.elements, tensor.extent.nbytes * 8 // tensor.dtype.bits)
         places = tuple([_start(t) for t in stored])
@@ -137,10 +143,28 @@ def averaged_ranges(
         new = Range(tensor.dtype.name, count, places, tuple(map(tuple, targets)))
         if found and _follows(found[-1], elements[-1], new):
             elements[-1] += new.elements
+            _extend(segments[-1], _segments(group_of, tensor, elements[-1]))
         else:
             found.append(new)
             elements.append(new.elements)
-    return [one._replace(elements=n) for one, n in zip(found, elements, strict=True)]
+            segments.append(_segments(group_of, tensor, new.elements))
+    return [
+        one._replace(elements=n, segments=tuple(groups))
+        for one, n, groups in zip(found, elements, segments, strict=True)
+    ]
+
+
+def _segments(
+    group_of: Mapping[str, int] | None, tensor: Tensor, end: int
+) -> list[tuple[int, int]]:
+    return [] if group_of is None else [(end, group_of[tensor.name])]
+
+
+def _extend(segments: list[tuple[int, int]], more: list[tuple[int, int]]) -> None:
+    """Append what follows; neighbours of one group become one."""
+    if segments and more and segments[-1][1] == more[0][1]:
+        segments.pop()
+    segments.extend(more)
 
 
 def check_shared(indexes: Sequence[Index], destinations: Sequence[Destination]) -> None:

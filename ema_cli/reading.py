@@ -230,7 +230,10 @@ class Values:
         for name in STEP_NAMES:
             if name in self._arrays and self._arrays[name].size == 1:
                 return int(self._arrays[name].reshape(-1)[0])
-        raise Disagreement(f"{self.where}: no step: expected a scalar called global_step")
+        raise Disagreement(
+            f"{self.where}: no step: expected a scalar called global_step",
+            "give num_updates=N, 'count' or None",
+        )
 
 
 def _native(array: Array) -> Array:

@@ -10,6 +10,7 @@ from ema_cli import machine, provenance, replay
 from ema_cli.plan import Outcome, Plan
 from ema_cli.runs import Run
 from ema_cli.schedules import effective_count, mean_age
+from ema_cli.search import PassedOver
 
 
 def describe(plan: Plan, outcome: Outcome) -> dict[str, Any]:
@@ -28,14 +29,14 @@ def describe(plan: Plan, outcome: Outcome) -> dict[str, Any]:
             "like": plan.request.like,
             "non_finite": plan.request.non_finite,
             "effective_checkpoints": effective_count(outcome.weights),
-            "mean_age": mean_age(outcome.weights, plan.run.steps),
+            "mean_age_steps": mean_age(outcome.weights, plan.run.steps),
             "weight_sum": sum(outcome.weights),
         },
         "request": replay.recorded(plan.request, average),
         "inputs": _inputs(plan, outcome),
         "averaged": [tensor.name for tensor in outcome.selection.averaged],
-        "copied": [{"name": name, "reason": reason} for name, reason in copied(outcome)],
-        "left_out": [{"name": name, "reason": reason} for name, reason in layout.left_out],
+        "copied": [{"tensor": name, "reason": reason} for name, reason in copied(outcome)],
+        "left_out": [{"tensor": name, "reason": reason} for name, reason in layout.left_out],
         "output": {
             "path": layout.path,
             "format": layout.format,
@@ -43,16 +44,20 @@ def describe(plan: Plan, outcome: Outcome) -> dict[str, Any]:
             "layout": "template" if layout.template else "fresh",
             "names": layout.names,
             "name": plan.request.wishes.name,
-            "files": [{"name": file.name, "size": file.nbytes} for file in layout.files],
+            "files": [{"name": file.name, "bytes": file.nbytes} for file in layout.files],
         },
     }
 
 
 def passed_over(run: Run) -> list[dict[str, Any]]:
     """Return the entries of a run that were not taken, each with its reason."""
+    return entries(run.passed_over)
+
+
+def entries(found: Sequence[PassedOver]) -> list[dict[str, Any]]:
+    """Return entries that were not taken, each with its reason."""
     return [
-        {"path": entry.path, "reason": entry.reason, "unusable": entry.unusable}
-        for entry in run.passed_over
+        {"path": entry.path, "reason": entry.reason, "unusable": entry.unusable} for entry in found
     ]
 
 
@@ -77,7 +82,7 @@ def _inputs(plan: Plan, outcome: Outcome) -> list[dict[str, Any]]:
                 "coefficient": coefficients[k],
                 "weight": outcome.weights[k],
                 "files": [
-                    {"path": s.path, "size": s.size, "mtime_ns": s.mtime_ns, "header": digest}
+                    {"path": s.path, "bytes": s.size, "mtime_ns": s.mtime_ns, "header": digest}
                     for s, digest in zip(checkpoint.files, digests, strict=True)
                     if s.path  # else it is yet to be unpacked from the others
                 ],
@@ -126,7 +131,7 @@ def sealed(
     `files` are (size, checksums) of the finished files.
     """
     described = [
-        {**file, "size": n_bytes, "crc32c": list(sums)}
+        {**file, "bytes": n_bytes, "crc32c": list(sums)}
         for file, (n_bytes, sums) in zip(document["output"]["files"], files, strict=True)
     ]
     output = {**document["output"], "files": described, "fingerprint": fingerprint}

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from ema_cli import machine, naming, provenance
+from ema_cli import hints, machine, naming, provenance
 from ema_cli.blueprint import COPY, Entry, Layout, entry_of
 from ema_cli.durable import free_bytes
 from ema_cli.errors import Disagreement
@@ -34,6 +34,8 @@ class Renamed:
         left_out: tensors that belong to a shadow and have no place in the copy.
         kept: how many tensors kept their names.
         notes: what else is worth knowing about the copy.
+        reasons: why, for each that is left out.
+        nbytes: size of the copy.
     """
 
     path: str
@@ -42,6 +44,8 @@ class Renamed:
     left_out: tuple[str, ...]
     kept: int
     notes: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
+    nbytes: int = 0
 
 
 def make(request: Request, towards: str | None) -> tuple[Plan, Layout, Renamed]:
@@ -63,8 +67,7 @@ def make(request: Request, towards: str | None) -> tuple[Plan, Layout, Renamed]:
         [(name, "belongs to a shadow") for name in left_out]
         + [(name, "beside the model") for name in beside],
     )
-    left_out = list(dict.fromkeys(name for name, _ in layout.left_out))
-    lost = set(left_out)
+    lost = dict(layout.left_out)
     entries = list(layout.entries)
     changed = tuple(pair for pair in changed if pair[0] not in lost)
     if not changed and layout.format == checkpoint.index.format:
@@ -73,9 +76,11 @@ def make(request: Request, towards: str | None) -> tuple[Plan, Layout, Renamed]:
         layout.path,
         changed,
         tuple(replaced),
-        tuple(left_out),
+        tuple(lost),
         len(entries) - len(changed),
         layout.notes,
+        tuple(lost.values()),
+        layout.nbytes,
     )
     return _plan(request, checkpoint, layout), layout, renamed
 
@@ -121,9 +126,11 @@ def _nothing(request: Request, checkpoint: Checkpoint, towards: str | None) -> D
         return Disagreement(
             f"{shorten(path, 1000)}: no tensor is called <variable>/{shorten(name)}", hint
         )
+    rules, names = request.wishes.rules, list(checkpoint.index.by_name)
+    near = hints.near_expression(rules[-1][0], names) if rules else ""
     return Disagreement(
         f"{shorten(path, 1000)}: no tensor would be renamed",
-        "say what to do with --names shadow, --names variable or --rule PATTERN REPL",
+        near or "say what to do with --names shadow, --names variable or --rule PATTERN REPL",
     )
 
 
@@ -168,6 +175,7 @@ def _check_shadow(shadow: Tensor, variable: str, mine: Tensor | None, other: Ten
         raise Disagreement(
             f"shadow '{shorten(shadow.name)}' is {describe(shadow.dtype, shadow.shape)}, its "
             f"variable {describe(mine.dtype, mine.shape)}: no restore would take it",
+            "say which with --rule PATTERN REPL instead of --names variable",
         )
 
 
@@ -201,13 +209,16 @@ def document(layout: Layout, checkpoint: Checkpoint, renamed: Renamed) -> dict[s
         "tool": machine.versions(),
         "renamed": [{"from": old, "to": new} for old, new in renamed.renamed],
         "replaced": list(renamed.replaced),
-        "left_out": list(renamed.left_out),
+        "left_out": [
+            {"tensor": name, "reason": reason}
+            for name, reason in zip(renamed.left_out, renamed.reasons, strict=True)
+        ],
         "inputs": [
             {
                 "path": checkpoint.path,
                 "step": checkpoint.step,
                 "files": [
-                    {"path": stamp.path, "size": stamp.size, "mtime_ns": stamp.mtime_ns}
+                    {"path": stamp.path, "bytes": stamp.size, "mtime_ns": stamp.mtime_ns}
                     for stamp in checkpoint.files
                 ],
             }
@@ -216,6 +227,6 @@ def document(layout: Layout, checkpoint: Checkpoint, renamed: Renamed) -> dict[s
             "path": layout.path,
             "format": layout.format,
             "step": checkpoint.step,
-            "files": [{"name": file.name, "size": file.nbytes} for file in layout.files],
+            "files": [{"name": file.name, "bytes": file.nbytes} for file in layout.files],
         },
     }

@@ -75,7 +75,8 @@ def restored(
         rows = [_fitting(row, variables.get(row.variable), saved) for row in rows]
     elif rules:
         raise UsageError(
-            "--include and --exclude choose among variables, but --for lists restore names"
+            "--include and --exclude choose among variables, but --for lists restore names",
+            "leave them out, or name a graph or a checkpoint with --for",
         )
     else:
         asked = _list(program) if isinstance(program, str) else list(program)
@@ -213,7 +214,10 @@ def _list(path: str) -> list[str]:
     try:
         text = read_small(path, _LIST_LIMIT).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{shorten(path)}: not UTF-8: byte {error.start}") from None
+        raise InputError(
+            f"{shorten(path)}: not UTF-8: byte {error.start}",
+            "name a checkpoint, a graph, or a text with one restore name in each line",
+        ) from None
     return names_in(text.splitlines())
 
 

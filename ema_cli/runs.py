@@ -10,11 +10,20 @@ from dataclasses import dataclass
 from ema_cli import formats
 from ema_cli.errors import Disagreement, InputError, NothingToAverage, UsageError
 from ema_cli.formats import Known, folders, tensorflow
-from ema_cli.search import NUMBERED_FOLDER, Choice, PassedOver, is_prefix, search, with_step
+from ema_cli.hints import near_glob, near_path
+from ema_cli.search import (
+    NUMBERED_FOLDER,
+    UNMATCHED,
+    Choice,
+    PassedOver,
+    is_prefix,
+    search,
+    with_step,
+)
 from ema_cli.states.directory import is_state
 from ema_cli.steps import step_from_name
 from ema_cli.tensors import Checkpoint
-from ema_cli.text import command, shorten
+from ema_cli.text import command, plural, shorten
 
 ORDERS = ("step", "given")
 
@@ -23,8 +32,13 @@ ORDERS = ("step", "given")
 class Run:
     """The successive checkpoints of one training, in order, every step known and distinct.
 
-    `searched` tells whether they were found in a directory rather than named one by one, and
-    `unchosen` holds the checkpoints that the selection left out.
+    Attributes:
+        checkpoints: in the order in which they are averaged.
+        passed_over: entries that were not taken, with reasons.
+        notes: what was odd.
+        searched: whether they were found in a directory rather than named one by one.
+        unchosen: the checkpoints that the selection left out.
+        counted: whether nothing tells their steps, so that they were numbered as given.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -47,16 +61,22 @@ def find(paths: Sequence[str], choice: Choice, known: Known | None = None) -> Ru
     steps that are missing or equal, `NothingToAverage` when nothing is left.
     """
     if choice.last is not None and choice.last < 1:
-        raise UsageError(f"--last: expected at least 1, found {choice.last}")
+        raise UsageError(f"--last: expected at least 1, found {choice.last}", "leave out --last")
     known = {} if known is None else known
     searching = len(paths) == 1 and os.path.isdir(paths[0]) and is_run(paths[0], choice)
     if searching and choice.order == "given":
-        raise UsageError("--order given: the checkpoints of a directory have no given order")
+        raise UsageError(
+            "--order given: the checkpoints of a directory have no given order",
+            "name the checkpoints in their order, or leave out --order",
+        )
     if not searching and choice.glob is not None:
-        raise UsageError("--glob chooses entries of one directory; name that directory alone")
+        raise UsageError(
+            "--glob chooses entries of one directory; name that directory alone",
+            "leave out --glob when every checkpoint is named",
+        )
     for path in paths:
         if not os.path.lexists(path) and tensorflow.prefix_of(path) is None:
-            raise InputError(f"{shorten(path, 1000)}: no such file or directory")
+            raise InputError(f"{shorten(path, 1000)}: no such file or directory", near_path(path))
         if is_state(path):
             raise InputError(
                 f"{shorten(path, 1000)}: expected a run, found a state",
@@ -65,7 +85,7 @@ def find(paths: Sequence[str], choice: Choice, known: Known | None = None) -> Ru
     found = _searched(paths[0], choice, known) if searching else _named(paths, choice, known)
     found = _filtered(_ordered(found, choice, explicit=not found.searched), choice)
     if not found.checkpoints:
-        raise _nothing(paths, found.passed_over)
+        raise _nothing(paths, found, choice)
     return found
 
 
@@ -91,8 +111,23 @@ def is_run(path: str, choice: Choice) -> bool:
     return any(folders.is_checkpoint(folder) for folder in numbered)
 
 
-def _nothing(paths: Sequence[str], passed_over: Sequence[PassedOver]) -> NothingToAverage:
+def _nothing(paths: Sequence[str], run: Run, choice: Choice) -> NothingToAverage:
     where = ", ".join(shorten(path, 1000) for path in paths[:3])
+    passed_over = run.passed_over
+    if run.unchosen and choice.steps is not None:
+        steps = [checkpoint.step or 0 for checkpoint in run.unchosen]
+        first, last = min(steps), max(steps)
+        return NothingToAverage(
+            f"{where}: --steps takes none of {plural(len(steps), 'checkpoint')}, which have the "
+            f"steps {first:,} to {last:,}",
+            f"all of them: --steps {first}:{last}; the last 5: --last 5",
+        )
+    if choice.glob is not None and all(p.reason == UNMATCHED for p in passed_over):
+        names = [os.path.basename(p.path) for p in passed_over]
+        return NothingToAverage(
+            f"{where}: --glob '{shorten(choice.glob)}' matches none of {len(names):,} entries",
+            near_glob(choice.glob, names, f"see them with {command('ema-avg', 'inspect', *paths)}"),
+        )
     reasons = [f"{shorten(p.path, 1000)}: {p.reason}" for p in passed_over[:5]]
     if len(passed_over) > 5:
         reasons.append(f"and {len(passed_over) - 5:,} more")

@@ -20,6 +20,7 @@ import numpy as np
 
 from ema_cli.averages import Average, Ema, HalfLife, LearningRate, Mean, Power, Weights
 from ema_cli.errors import Disagreement, UsageError
+from ema_cli.hints import did_you_mean
 from ema_cli.tensors import NumpyDType
 from ema_cli.text import shorten
 
@@ -123,7 +124,9 @@ def schedule(
     if not chosen:
         raise UsageError(
             f"average '{shorten(average.spec)}': its window holds no checkpoint; "
-            f"the run has steps {steps[0]:,} to {steps[-1]:,}"
+            f"the run has steps {steps[0]:,} to {steps[-1]:,}",
+            f"a window of the last 5 checkpoints is @last=5, one of these steps "
+            f"@{steps[0]}:{steps[-1]}",
         )
     if like != "tensorflow" and isinstance(average.family, Ema):
         values = [1.0] + [1 - average.family.decay] * (len(chosen) - 1)
@@ -131,7 +134,10 @@ def schedule(
         values = _coefficients(average, [steps[k] for k in chosen], [names[k] for k in chosen])
     values = drop_overwritten(values)
     if not any(values):
-        raise Disagreement(f"average '{shorten(average.spec)}': every checkpoint has weight zero")
+        raise Disagreement(
+            f"average '{shorten(average.spec)}': every checkpoint has weight zero",
+            "give one of those that are averaged a weight above 0, or widen the window",
+        )
     coefficients = [0.0] * len(steps)
     for k, value in zip(chosen, values, strict=True):
         coefficients[k] = value
@@ -293,12 +299,14 @@ def _listed(
         if not matches:
             known = ", ".join(str(step) for step in steps[:20])
             raise Disagreement(
-                f"weights: no checkpoint has the step or name '{shorten(key)}'; steps: {known}"
+                f"weights: no checkpoint has the step or name '{shorten(key)}'; steps: {known}",
+                did_you_mean(key, [*names, *map(str, steps)], "remove that line from the file"),
             )
         for k in matches:
             if k in listed:
                 raise Disagreement(
-                    f"weights: '{shorten(key)}' and '{shorten(listed[k])}' are one checkpoint"
+                    f"weights: '{shorten(key)}' and '{shorten(listed[k])}' are one checkpoint",
+                    "remove one of the two lines from the file",
                 )
             weights[k], listed[k] = weight, key
     return weights

@@ -34,6 +34,7 @@ _TEMPORARY = re.compile(
     re.IGNORECASE,
 )
 _NO_INDEX = "its index is missing: still being written, or deleted"
+UNMATCHED = "not matched by --glob"
 NUMBERED_FOLDER = re.compile(
     r"(?:checkpoint|ckpt|step|iter(?:ation)?)s?[=_-]?\d+$|^\d+$", re.IGNORECASE
 )
@@ -111,9 +112,7 @@ def _candidates(
             matched.append(name)
     firsts = {tensorflow.stem_of(name) or name for name in (m.split("/", 1)[0] for m in matched)}
     skipped = {tensorflow.stem_of(name) or name for name in entries} - firsts
-    return matched, [
-        PassedOver(os.path.join(root, name), "not matched by --glob") for name in sorted(skipped)
-    ]
+    return matched, [PassedOver(os.path.join(root, name), UNMATCHED) for name in sorted(skipped)]
 
 
 def _grouped(root: str, names: Sequence[str]) -> tuple[list[str], set[str], list[PassedOver]]:

@@ -99,7 +99,10 @@ def compile_step_from(text: str | None) -> re.Pattern[str] | None:
     try:
         return re.compile(text)
     except re.error as error:
-        raise UsageError(f"--step-from '{shorten(text)}': {error}") from None
+        raise UsageError(
+            f"--step-from '{shorten(text)}': {error}",
+            "a regular expression whose first group is the step: --step-from 'step-([0-9]+)'",
+        ) from None
 
 
 def stored_step(checkpoint: Checkpoint) -> Step | None:

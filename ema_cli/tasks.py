@@ -13,13 +13,14 @@ from ema_cli.tensors import Stamp
 class Accumulator(NamedTuple):
     """One average of a piece: coefficients as long as the sources, and where the result goes.
 
-    The `decay` is that of an exponential average, else None.
+    The `decay` is that of an exponential average, else None; `schedule` is its ordinal in the work.
     """
 
     coefficients: tuple[float, ...]
     divisor: float | None
     targets: tuple[Target, ...]
     decay: float | None = None
+    schedule: int = 0
 
 
 class Source(NamedTuple):
@@ -53,6 +54,8 @@ class Piece(NamedTuple):
         start: the first one's place in its range, from which sources and targets are counted.
         sources: one per checkpoint that counts.
         accumulators: one per average.
+        segments: which group of tensors its elements belong to, as (end in the range, ordinal);
+            empty where nothing is measured.
     """
 
     shadow: str
@@ -60,6 +63,7 @@ class Piece(NamedTuple):
     start: int
     sources: tuple[Source, ...]
     accumulators: tuple[Accumulator, ...]
+    segments: tuple[tuple[int, int], ...] = ()
 
 
 class Task(NamedTuple):
@@ -118,6 +122,14 @@ class Cloned(NamedTuple):
     file: int
 
 
+class Sum(NamedTuple):
+    """What a sum of squares is of: an average, a source (-1: the finished average) and a group."""
+
+    schedule: int
+    source: int
+    group: int
+
+
 class Done(NamedTuple):
     """What a task did.
 
@@ -128,6 +140,7 @@ class Done(NamedTuple):
         made: what it contributes to the CRC-32C of each chunk, by output file and chunk.
         flaw: the first it met.
         cloned: its pieces that contribute nothing, because nobody saw their bytes.
+        measured: what it contributes to the sums of squares that distances are made of.
     """
 
     read: int
@@ -136,3 +149,4 @@ class Done(NamedTuple):
     made: Made
     flaw: Flaw | None = None
     cloned: tuple[Cloned, ...] = ()
+    measured: dict[Sum, float] = {}  # noqa: RUF012  # never changed

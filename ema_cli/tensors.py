@@ -149,9 +149,15 @@ class Slice(NamedTuple):
 class Tensor(NamedTuple):
     """One named tensor of a checkpoint and where its bytes lie.
 
-    The `extent` of a partitioned variable lies in no file: it only tells how many bytes its
-    slices have together. `strides`, in elements, are given only where the elements do not follow
-    each other in C order; the extent then spans from the first of them to the last.
+    Attributes:
+        name: as the checkpoint calls it.
+        dtype: of its elements.
+        shape: empty for a scalar.
+        extent: its bytes. That of a partitioned variable lies in no file: it only tells how many
+            bytes its slices have together.
+        slices: the parts of a partitioned variable.
+        strides: in elements, only where these do not follow each other in C order; the extent
+            then spans from the first of them to the last.
     """
 
     name: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def printable(name: str) -> str:
@@ -37,6 +37,16 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
+def checkpoints(steps: Sequence[int | None]) -> str:
+    """Return ``"1 checkpoint, step 100"``, ``"20 checkpoints, steps 100 to 2,000"``."""
+    told, known = plural(len(steps), "checkpoint"), [step for step in steps if step is not None]
+    if len(known) < len(steps) or not known:
+        return told
+    if len(known) == 1:
+        return f"{told}, step {known[0]:,}"
+    return f"{told}, steps {known[0]:,} to {known[-1]:,}"
+
+
 def size(n_bytes: int) -> str:
     """Return a size in binary units: ``"512 bytes"``, ``"1.5 MiB"``."""
     if n_bytes < 1024:
@@ -63,11 +73,14 @@ def command(*words: str) -> str:
     return " ".join(shlex.quote(printable(word)) for word in words)
 
 
-def near_misses(name: str, known: Iterable[str]) -> list[str]:
+def near_misses(name: str, known: Iterable[str], cutoff: float = 0.5) -> list[str]:
     """Return up to three of `known` that look like `name`, for did-you-mean hints."""
     import difflib  # only ever needed on the way to an error
 
-    return difflib.get_close_matches(name, list(known)[:5000], n=3, cutoff=0.5)
+    some = [other for other in list(known)[:5000] if len(other) <= 500]  # for its time's sake
+    close = difflib.get_close_matches(name[:500], some, n=3, cutoff=cutoff)
+    likeness = [difflib.SequenceMatcher(None, one, name).ratio() for one in close]
+    return [one for one, like in zip(close, likeness, strict=True) if like > likeness[0] - 0.1]
 
 
 def encodable(text: str) -> bool:

@@ -31,13 +31,13 @@ from ema_cli.search import PassedOver, told_step
 from ema_cli.selection import Selection, check_agreement, check_rules_of, select
 from ema_cli.states import directory, holding, locks, skeleton, slots
 from ema_cli.states.binding import RUN, Binding, difference
-from ema_cli.states.commit import Claim, OpenState, checksums_of
+from ema_cli.states.commit import ClaimedSlot, OpenState, checksums_of
 from ema_cli.states.records import AVERAGE, BIASED, Manifest, Row, files_of, row_of
 from ema_cli.states.slots import Slot
 from ema_cli.states.store import State
 from ema_cli.tasks import Done
 from ema_cli.tensors import Checkpoint
-from ema_cli.text import plural, shorten
+from ema_cli.text import checkpoints, plural, shorten
 from ema_cli.verifying import Verifier
 from ema_cli.work import Work, prepare
 
@@ -175,7 +175,7 @@ def prepare_update(state: State, request: Request, run: Run, new: Sequence[Check
 # ---------------------------------------------------------------------------- the work
 
 
-def _work(state: State, update: Update, claim: Claim) -> Work:
+def _work(state: State, update: Update, claim: ClaimedSlot) -> Work:
     """Return the work that fills a slot from the other one and the new checkpoints."""
     request, current = update.request, state.current
     views: list[Checkpoint] = []
@@ -225,9 +225,9 @@ def carry_out(
         work = _work(state, update, claim)
         log = Log(state.place(directory.PROGRESS), _key(state, update), [claim.path])
         try:
-            made = _compute(
-                work, slot, claim, log, executor, on_event or _ignore, state, restart=restart
-            )
+            what = checkpoints([checkpoint.step for checkpoint in update.new])
+            tell = engine.about(what, on_event) or _ignore
+            made = _compute(work, slot, claim, log, executor, tell, state, restart=restart)
             _commit(state, update, claim, made)
         except BaseException as error:
             left_to_another(error, log, restart)
@@ -248,7 +248,7 @@ def _ignore(event: Progress) -> None:
 def _compute(
     work: Work,
     slot: Slot,
-    claim: Claim,
+    claim: ClaimedSlot,
     log: Log,
     executor: Executor | None,
     tell: OnEvent,
@@ -277,7 +277,7 @@ def _compute(
             tell(Progress(0, work.read, done if log.done else ""))
         flaw = engine.carry_out(ready, [claim.path], pool, tell, count_done, log)
         if flaw is not None:
-            raise flaws.explain(ready, flaw)
+            raise flaws.explain(ready, flaw, state.path if state.current is not None else "")
         verifier.finish()
         files.check_all_unchanged(work.inputs)
     expected = slot.nbytes - len(slot.head)
@@ -288,7 +288,7 @@ def _compute(
     return made
 
 
-def _commit(state: OpenState, update: Update, claim: Claim, made: Mapping[int, int]) -> None:
+def _commit(state: OpenState, update: Update, claim: ClaimedSlot, made: Mapping[int, int]) -> None:
     slot, current = update.holding.slot, state.current
     generation = (current.root.generation if current else 0) + 1
     last = update.new[-1]

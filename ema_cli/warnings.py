@@ -30,21 +30,40 @@ _SIGNIFICAND = {"float16": 11, "bfloat16": 8}
 
 
 class PlanWarning(NamedTuple):
-    """Something that is probably not meant; `code` is stable."""
+    """Something that is probably not meant.
+
+    Attributes:
+        code: a stable word for it, such as ``first-dominates``.
+        message: what it is, one line.
+        hint: the commands that were probably meant, or empty.
+    """
 
     code: str
     message: str
     hint: str = ""
 
 
-def warnings(plan: Plan, *, again: bool = False) -> list[PlanWarning]:
+class _Way(NamedTuple):
+    """How a command in a hint goes on from the one that is warned of; see `warnings`."""
+
+    again: bool
+    state: str
+    word: str
+
+
+def warnings(
+    plan: Plan, *, again: bool = False, state: str = "", word: str = "run"
+) -> list[PlanWarning]:
     """Return the warnings of a plan, in the order of its averages.
 
     `again`: the commands in the hints are meant to follow this very run, whose output they replace.
+    `state` is the directory of its state: it is bound to its settings, so they begin another.
+    `word` is the command, of `ema-avg`.
     """
     found: list[PlanWarning] = []
+    way = _Way(again, state, word)
     for outcome in plan.outcomes:
-        found.extend(_dominance(plan, outcome, again))
+        found.extend(_dominance(plan, outcome, way))
         found.extend(_ramp(plan, outcome))
         found.extend(_sum(outcome))
         found.extend(_frozen(plan, outcome))
@@ -69,7 +88,7 @@ def _active(outcome: Outcome, plan: Plan) -> list[int]:
     return [k for k, c in enumerate(coefficients) if c]
 
 
-def _dominance(plan: Plan, outcome: Outcome, again: bool) -> Iterator[PlanWarning]:
+def _dominance(plan: Plan, outcome: Outcome, way: _Way) -> Iterator[PlanWarning]:
     """The field's classic: a decay meant per training step, applied once per checkpoint."""
     active = _active(outcome, plan)
     inside = _inside(outcome.average, plan)
@@ -82,7 +101,7 @@ def _dominance(plan: Plan, outcome: Outcome, again: bool) -> Iterator[PlanWarnin
             "first-dominates",
             f"average '{outcome.average.label}': the first checkpoint keeps {percent(first)} of "
             f"the weight, {_others(len(inside) - 1)} the rest",
-            _first_hint(plan, outcome.average, active[0], again),
+            _first_hint(plan, outcome.average, active[0], way),
         )
     if last > _LAST:
         yield PlanWarning(
@@ -103,7 +122,7 @@ def _inside(average: Average, plan: Plan) -> list[int]:
     return [k for k, inside in enumerate(taken) if inside]
 
 
-def _first_hint(plan: Plan, average: Average, first: int, again: bool) -> str:
+def _first_hint(plan: Plan, average: Average, first: int, way: _Way) -> str:
     """Return the finished commands that were probably meant, with the share each would leave."""
     if plan.request.like != "tensorflow":
         return "a smaller decay forgets the first checkpoint"
@@ -127,8 +146,8 @@ def _first_hint(plan: Plan, average: Average, first: int, again: bool) -> str:
             meant if other is average else replace(other, num_updates=meant.num_updates)
             for other in plan.request.averages
         )
-        line = command(*run_words(plan.request, averages))
-        more = " --overwrite" if again else ""
+        line = command(*run_words(plan.request, averages, way.state, way.word))
+        more = " --overwrite" if way.again and plan.request.output is not None else ""
         lines.append(f"{line}{more}  # leaves {percent(weights[first])} on the first")
     return "\n".join(lines) or "a smaller decay forgets the first checkpoint"
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ema_cli import copies as copying
-from ema_cli import ranges, spilling
+from ema_cli import grouping, ranges, spilling
 from ema_cli.coverage import cover
 from ema_cli.ranges import Copy, Destination, Range
 from ema_cli.schedules import Schedule, counting
@@ -22,7 +22,8 @@ class Manner:
     """How the averages are computed; the options of `ema_cli.average_run`.
 
     `check` is whether the first non-finite value ends the work, `summed` whether every byte that
-    is written has to be seen, so that the kernel may not copy by itself.
+    is written has to be seen, so that the kernel may not copy by itself, `measured` whether the
+    distance of each checkpoint from the averages is measured, per group of tensors.
     """
 
     shadow_dtype: str = "auto"
@@ -30,6 +31,7 @@ class Manner:
     check: bool = True
     workers: int = 1
     summed: bool = False
+    measured: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +48,7 @@ class Work:
         averaged: ranges to average.
         copies: bytes to copy.
         spilled: for each checkpoint, the tensors that have to be unpacked first.
+        groups: of the averaged tensors, where they are measured.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -57,6 +60,7 @@ class Work:
     averaged: tuple[Range, ...]
     copies: tuple[Copy, ...]
     spilled: tuple[tuple[str, ...], ...]
+    groups: tuple[str, ...] = ()
     _firsts: list[tuple[int, int]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -108,7 +112,8 @@ def prepare(
     indexes, index_of = _distinct(checkpoints, mixed)
     inputs, first_input = _inputs(checkpoints, used)
     ranges.check_shared(indexes, destinations)
-    averaged = ranges.averaged_ranges(tensors, indexes, destinations, len(schedules))
+    groups, group_of = _groups(tensors) if manner.measured else ((), None)
+    averaged = ranges.averaged_ranges(tensors, indexes, destinations, len(schedules), group_of)
     copies = [
         copy
         for k in used
@@ -128,7 +133,15 @@ def prepare(
         tuple(averaged),
         tuple(copies),
         _spilled(checkpoints, used, mixed, [t.name for t in tensors], destinations),
+        groups,
     )
+
+
+def _groups(tensors: Iterable[Tensor]) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Return the names of the groups of tensors, and the ordinal of each tensor's."""
+    names = grouping.grouped([tensor.name for tensor in tensors if tensor.nbytes])
+    ordinals = {group: k for k, group in enumerate(dict.fromkeys(names.values()))}
+    return tuple(ordinals), {name: ordinals[group] for name, group in names.items()}
 
 
 def _copied(checkpoint: Checkpoint, destinations: Iterable[Destination]) -> bool:

@@ -18,6 +18,7 @@ from ema_cli.chunks import Chunks
 from ema_cli.durable import start_writing, write_exact
 from ema_cli.errors import storage_errors
 from ema_cli.files import Handles, open_unchanged, page_buffer, read_exact
+from ema_cli.measuring import Sums
 from ema_cli.ranges import Target
 from ema_cli.regions import stretches
 from ema_cli.tasks import Accumulator, Cloned, Done, Flaw, Part, Piece, Source, Task, Unit
@@ -44,7 +45,7 @@ def run_task(task: Task) -> Done:
             if flaw is not None:
                 break
         made, cloned = work.made.made(), tuple(work.cloned)
-        return Done(read, written, work.parts, made, flaw, cloned)
+        return Done(read, written, work.parts, made, flaw, cloned, work.sums.made)
 
 
 def _open_output(path: str) -> int:
@@ -68,6 +69,7 @@ class Worker:
         self.parts: dict[Unit, Part] = {}
         self.made = Chunks(functools.cache(lambda file: size_of(task.outputs[file])))
         self.cloned: list[Cloned] = []
+        self.sums = Sums(_reused)
         self.ordinal = 0  # of the piece at hand
 
     def copy(self, piece: Piece) -> tuple[int, int, None]:
@@ -110,13 +112,18 @@ class Worker:
     def average(self, piece: Piece) -> tuple[int, int, Flaw | None]:
         """Average one piece block by block; returns the bytes read and written."""
         block = min(self.task.block, piece.elements)
-        buffers = _Buffers(piece, block, self.task.like)
+        sums = self.sums if piece.segments else None
+        buffers = _Buffers(piece, block, self.task.like, sums)
         read = written = 0
         with kernel.quiet():
             for start in range(0, piece.elements, block):
                 count = min(block, piece.elements - start)
+                if sums is not None:
+                    sums.begin(piece, start, count)
                 read += self._mix(piece, buffers, start, count)
                 for ordinal, accumulator in enumerate(piece.accumulators):
+                    if sums is not None:
+                        sums.finish(accumulator, buffers.shadows[ordinal][:count])
                     for target in accumulator.targets:
                         out = buffers.finished(ordinal, accumulator, target, count)
                         bad = kernel.first_non_finite(out) if self.task.check else None
@@ -124,7 +131,7 @@ class Worker:
                             return read, written, Flaw(piece, ordinal, start + bad, target.dtype)
                         self.put(target, piece, start, out)
                         written += out.nbytes
-        for source, _, _, running in buffers.steps:
+        for source, _, _, running in buffers.steps.values():
             self.count(source, running)
         return read, written, None
 
@@ -140,7 +147,7 @@ class Worker:
         alone = len(shadows) == 1
         for ordinal in buffers.from_zero:
             shadows[ordinal].fill(0)
-        for source, buffer, mixed, running in buffers.steps:
+        for k, (source, buffer, mixed, running) in buffers.steps.items():
             # A single average that is copied is read, or widened, straight into its accumulator.
             into = shadows[0] if alone and mixed[0][1] == 1 else value
             raw = into if buffer.dtype == value.dtype else buffer[:count]
@@ -152,6 +159,8 @@ class Worker:
                 continue
             for ordinal, c in mixed:
                 spare = value if alone else scratch
+                if buffers.sums is not None:
+                    buffers.sums.turn(piece.accumulators[ordinal].schedule, k)
                 buffers.updates[ordinal](shadows[ordinal], value, c, spare)
         return read
 
@@ -245,6 +254,22 @@ def _uncast(c: float, dtype: str) -> float:
     return c
 
 
+def _measured(update: Update, like: str, shadow: str, sums: Sums) -> Update:
+    """Return an update that adds to the sums of squares what it changes a shadow by.
+
+    A half type has too few bits to tell the difference, and other frameworks form another one.
+    """
+    if like == "tensorflow" and numpy_dtype(shadow).itemsize > 2:
+        return functools.partial(kernel.update, seen=sums.add)
+
+    def measured(shadow: kernel.Array, value: kernel.Array, c: Any, spare: kernel.Array) -> None:
+        if c != 1:
+            sums.add_difference(shadow, value)
+        update(shadow, value, c, spare)
+
+    return measured
+
+
 def _update(like: str, accumulator: Accumulator) -> Update:
     """Return the arithmetic of a framework, as `kernel.update`: a coefficient of 1 copies."""
     if like == "tensorflow":
@@ -274,11 +299,13 @@ class _Buffers:
     Attributes:
         shadows: the accumulators.
         updates: for each accumulator, what mixes a value in.
-        steps: for each source that counts, its dtype's read buffer, the (accumulator,
-            coefficient) pairs it is mixed in with, and the checksum of what was read.
+        sums: of squares, where the piece is measured.
+        steps: for each source that counts, by its ordinal: its dtype's read buffer, the
+            (accumulator, coefficient) pairs it is mixed in with, and the checksum of what was read.
     """
 
-    def __init__(self, piece: Piece, block: int, like: str) -> None:
+    def __init__(self, piece: Piece, block: int, like: str, sums: Sums | None) -> None:
+        self.sums = sums
         shadow = numpy_dtype(piece.shadow)
         raw = {
             dtype: _reused(f"raw {dtype}", numpy_dtype(dtype), block)
@@ -290,9 +317,11 @@ class _Buffers:
             _reused(f"shadow {k}", shadow, block) for k in range(len(piece.accumulators))
         ]
         self.updates = [_update(like, accumulator) for accumulator in piece.accumulators]
+        if sums is not None:
+            self.updates = [_measured(one, like, piece.shadow, sums) for one in self.updates]
         # The other frameworks' own arithmetic casts where they do.
         cast = kernel.cast_coefficient if like == "tensorflow" else _uncast
-        self.steps: list[tuple[Source, kernel.Array, list[tuple[int, Any]], Running]] = []
+        self.steps: dict[int, tuple[Source, kernel.Array, list[tuple[int, Any]], Running]] = {}
         for k, source in enumerate(piece.sources):
             coefficients = [
                 (ordinal, cast(accumulator.coefficients[k], piece.shadow))
@@ -301,7 +330,7 @@ class _Buffers:
             mixed = [(ordinal, c) for ordinal, c in coefficients if c != 0]
             if mixed:
                 running = Running(source.checksum or CRC32C)
-                self.steps.append((source, raw[source.dtype], mixed, running))
+                self.steps[k] = (source, raw[source.dtype], mixed, running)
         copied_first = {
             ordinal
             for ordinal, accumulator in enumerate(piece.accumulators)

@@ -49,7 +49,7 @@ def forge(out: Path) -> None:
         for file, (_, path) in zip(described["files"], pairs, strict=True):
             data = Path(path).read_bytes()
             steps = range(0, len(data), provenance.CHECKSUM_BYTES)
-            file["size"] = len(data)
+            file["bytes"] = len(data)
             parts = (data[at : at + provenance.CHECKSUM_BYTES] for at in steps)
             file["crc32c"] = [f"{crc32c(part):08x}" for part in parts]
         described["fingerprint"] = provenance.fingerprint(pairs)

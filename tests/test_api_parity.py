@@ -20,7 +20,7 @@ import ema_cli
 from ema_cli.cli import cli
 
 # What only a terminal needs, and what only a program can give.
-TERMINAL = {"dry_run", "json", "quiet", "verbose", "no_color", "config", "help", "python"}
+TERMINAL = {"dry_run", "plot", "json", "quiet", "verbose", "no_color", "config", "help", "python"}
 PROGRAM = {"executor", "on_event", "on_report", "stop", "dry_run"}
 PAIRS: list[tuple[str, Callable[..., Any]]] = [
     ("run", ema_cli.average_run),
@@ -230,7 +230,7 @@ def test_diff_map_and_inspect_tell_what_their_functions_return(run: Path) -> Non
     a, b = (run / f"model-step-{k}.safetensors" for k in (100, 200))
     told = json.loads(cmd("diff", a, b, "--json", code=13).out)["differences"]
     assert [(d["tensor"], d["kind"]) for d in told] == [
-        (d.tensor, d.kind) for d in ema_cli.diff(a, b)
+        (d.tensor, d.kind) for d in ema_cli.diff(a, b).differences
     ]
     rows = json.loads(cmd("map", a, "--json", code=13).out)["rows"]
     assert [tuple(row.values()) for row in rows] == [tuple(r) for r in ema_cli.restore_map(a).rows]
@@ -259,14 +259,14 @@ def test_json_lines_end_with_the_result(run: Path, tmp_path: Path) -> None:
     assert result["outputs"] == [
         {"path": str(out), "status": "written", "bytes": out.stat().st_size}
     ]
-    assert result["read_bytes"] == before[0]["bytes"]["read"] == 4 * 16
+    assert result["read_bytes"] == before[0]["costs"]["read_bytes"] == 4 * 16
 
 
 def test_json_tells_warnings_too(run: Path, tmp_path: Path) -> None:
     """A warning is a document with its stable code, and stderr says it as well."""
     outcome = cmd("run", run, "-o", tmp_path / "o.safetensors", "--decay", "0.99", "--json")
     found = [doc for doc in documents(outcome.out) if doc["type"] == "warning"]
-    assert [doc["code"] for doc in found] == ["first-dominates"]
+    assert [doc["warning"] for doc in found] == ["first-dominates"]
     assert "[first-dominates]" in outcome.err
 
 

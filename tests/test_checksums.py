@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ema_cli.checksums import Running, crc32c, masked, shift, shift_all, unmasked, unmasked_all
+from ema_cli.checksums import Running, crc32c, masked, shift, shift_all, unmasked_all
 
 # RFC 3720, B.4, and the check value of the Rocksoft model.
 VECTORS = {
@@ -44,8 +44,7 @@ def test_masks() -> None:
 
 @given(crc=crcs)
 def test_a_mask_comes_off_again(crc: int) -> None:
-    """Both ways, and for arrays."""
-    assert unmasked(masked(crc)) == crc == masked(unmasked(crc))
+    """For each number of an array."""
     stored = np.array([masked(crc), masked(crc ^ 1)], np.uint32)
     assert unmasked_all(stored).tolist() == [crc, crc ^ 1]
     assert unmasked_all(stored).dtype == np.uint32

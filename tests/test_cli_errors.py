@@ -25,7 +25,7 @@ from ema_cli.errors import EXIT_CODES, EmaError
 COMMANDS = sorted(cli.commands)
 CLASSES = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, EmaError)]
 # 16 is reserved for durable states.
-CONTRACT = {0, 1, 2, 3, 10, 11, 12, 13, 14, 15, 16, 17, 130, 143}
+CONTRACT = {0, 1, 2, 3, 10, 11, 12, 13, 14, 15, 16, 17, 130, 141, 143}
 
 
 @pytest.fixture

@@ -151,11 +151,11 @@ def test_equal_labels_and_a_missing_placeholder_are_usage_errors(
 
 def test_equal_coefficients_are_read_once(run: Path) -> None:
     """Averages with equal coefficients, and several in one pass, read each byte once."""
-    alone = planned(run, "--average", "mean")["bytes"]
-    both = planned(run, "--average", "a=mean", "--average", "b=lr:linear")["bytes"]
-    mixed = planned(run, "--average", "a=mean", "--average", "b=ema:0.5")["bytes"]
-    assert alone["read"] == both["read"] == mixed["read"] == 4 * 16
-    assert both["write"] == 2 * alone["write"]
+    alone = planned(run, "--average", "mean")["costs"]
+    both = planned(run, "--average", "a=mean", "--average", "b=lr:linear")["costs"]
+    mixed = planned(run, "--average", "a=mean", "--average", "b=ema:0.5")["costs"]
+    assert alone["read_bytes"] == both["read_bytes"] == mixed["read_bytes"] == 4 * 16
+    assert both["write_bytes"] == 2 * alone["write_bytes"]
 
 
 def test_a_file_format_cannot_go_to_a_directory_name(run: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ INF = math.inf
 def differences(folder: Path, a: Any, b: Any, **tolerance: float) -> list[Difference]:
     """Compare two checkpoints with the one tensor `v`."""
     paths = [write_checkpoint(folder / n, {"v": v}) for n, v in (("a", a), ("b", b))]
-    return ema_cli.diff(*paths, **tolerance)
+    return list(ema_cli.diff(*paths, **tolerance).differences)
 
 
 def differing(folder: Path, a: Any, b: Any, **tolerance: float) -> int:
@@ -59,12 +59,12 @@ def test_what_differs_is_listed_in_order_with_exit_code_13(tmp_path: Path) -> No
     paths = [write_checkpoint(tmp_path / name, values) for name, values in (("a", a), ("b", b))]
     outcome = cmd("diff", *paths, code=13)
     assert [line.split("\t") for line in outcome.out.splitlines()] == [
-        ["tensor", "difference", "A", "B", "elements", "max abs", "max rel"],
-        ["gone", "only in A", "float32 [2]", "", "", "", ""],
-        ["shape", "shape", "float32 [2]", "float32 [1, 2]", "", "", ""],
-        ["dtype", "dtype", "float32 [2]", "float16 [2]", "", "", ""],
-        ["values", "values", "", "", "2 of 3", "4", "0.5"],
-        ["new", "only in B", "", "int8 [1]", "", "", ""],
+        ["tensor", "difference", "A", "B", "elements", "max abs", "max rel", "rel norm"],
+        ["gone", "only in A", "float32 [2]", "", "", "", "", ""],
+        ["shape", "shape", "float32 [2]", "float32 [1, 2]", "", "", "", ""],
+        ["dtype", "dtype", "float32 [2]", "float16 [2]", "", "", "", ""],
+        ["values", "values", "", "", "2 of 3", "4", "0.5", "0.479301"],
+        ["new", "only in B", "", "int8 [1]", "", "", "", ""],
     ]
     assert outcome.err == "5 tensors differ\n"
 
@@ -98,8 +98,8 @@ def test_packed_dtypes_are_compared_too(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in "ab"]
     for path, data in zip(paths, (b"\x12\x34", b"\x12\x35"), strict=True):
         path.write_bytes(raw_safetensors(entry, data))
-    assert ema_cli.diff(paths[0], paths[0]) == []
-    (found,) = ema_cli.diff(*paths)
+    assert not ema_cli.diff(paths[0], paths[0])
+    (found,) = ema_cli.diff(*paths).differences
     assert (found.tensor, found.kind) == ("v", "values")
 
 

@@ -1,95 +1,41 @@
-"""What the documents show is what happens: their commands are run, their links followed.
+"""What the documents show is what happens: their blocks are executed, their links followed.
 
-The convention, for every fenced block marked ``console`` in README.md and docs/*.md:
-
-- a line that starts with ``$ `` is a command for the shell. All commands of a document run in
-  order in one temporary directory, in which ``fixtures`` leads to the fixtures of the repository;
-- a command that ends in ``  # exit 13`` must end with that exit code, every other one with 0;
-- the lines up to the next command are what it prints into a pipe, stdout and stderr together.
-  ``...`` inside a line stands for anything in that line, a line ``...`` for any number of lines.
+`documents.py` tells the convention. What needs a framework is executed by
+interop/test_doc_snippets.py.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from documents import (
+    DOCUMENTS,
+    FRAMEWORKS,
+    README,
+    ROOT,
+    Example,
+    check,
+    examples,
+    pattern,
+    prepare,
+    printed,
+)
+from documents import blocks as blocks_of
 
 from ema_cli.cli import cli
 
-ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
-DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [*DOCUMENTS, *sorted(ROOT.glob("[!R]*.md")), ROOT / "fixtures" / "README.md"]
 
-_FENCED = re.compile(r"^```([a-z]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_EXIT = re.compile(r"\s+# exit (\d+)$")
 _COMMAND = re.compile(r"(?:`|^\s*(?:\$ )?)ema-avg ([a-z][a-z-]*)", re.MULTILINE)
-_LINK = re.compile(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)$", re.MULTILINE)
+_LINK = re.compile(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)$|<img [^>]*src=\"([^\"]+)\"", re.MULTILINE)
+_HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
-each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+each_document = pytest.mark.parametrize(
+    "document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT))
+)
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-
-
-class Example(NamedTuple):
-    """A command, the exit code it must have, and what it must print."""
-
-    command: str
-    code: int
-    output: str
-
-
-def console_blocks(text: str) -> list[str]:
-    """Return the contents of the fenced blocks marked ``console``."""
-    return [body for language, body in _FENCED.findall(text) if language == "console"]
-
-
-def examples(text: str) -> list[Example]:
-    """Return the commands of a document, in order."""
-    found: list[Example] = []
-    for block in console_blocks(text):
-        assert block.startswith("$ "), f"a console block starts with a command:\n{block}"
-        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
-            command, _, output = part.partition("\n")
-            code = _EXIT.search(command)
-            found.append(Example(_EXIT.sub("", command), int(code[1]) if code else 0, output))
-    return found
-
-
-def pattern(output: str) -> str:
-    """Return the regular expression of an expected output."""
-    lines = [line.rstrip() for line in output.rstrip().splitlines()]
-    anything = r"(?:.*\n)*"
-    return "".join(
-        anything if line == "..." else re.escape(line).replace(r"\.\.\.", ".*") + r"\n"
-        for line in lines
-    )
-
-
-def printed(output: str) -> str:
-    """Return an output without blanks at the ends of lines and of the whole."""
-    lines = [line.rstrip() for line in output.rstrip().splitlines()]
-    return "".join(f"{line}\n" for line in lines)
-
-
-def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command as a reader would who has activated this environment."""
-    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
-    return subprocess.run(
-        ["sh", "-c", command],
-        cwd=folder,
-        env={**os.environ, "PATH": path},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        timeout=300,
-    )
 
 
 # ---------------------------------------------------------------------------- the convention
@@ -114,10 +60,35 @@ def test_expected_output_is_matched_line_by_line(expected: str, found: str, fits
     assert (re.fullmatch(pattern(expected), printed(found)) is not None) is fits
 
 
-def test_commands_are_found_with_their_codes_and_outputs() -> None:
-    """Only in blocks marked ``console``, in order."""
-    text = "```console\n$ one  # exit 13\nout\n$ two\n```\n```sh\n$ no\n```\n```console\n$ 3\n```\n"
-    assert examples(text) == [("one", 13, "out\n"), ("two", 0, ""), ("3", 0, "")]
+def test_examples_are_found_with_their_codes_and_outputs() -> None:
+    """Commands in blocks marked ``console``, scripts in those marked ``python``, in order."""
+    text = (
+        "```console\n$ one  # exit 13\nout\n$ two\n```\n```sh\n$ no\n```\n"
+        "```python\nprint(1)\n#> 1\n```\n```python torch\nx\n```\n"
+        "```python signature\nf()\n```\n```console\n$ 3\n```\n"
+    )
+    assert examples(text) == [
+        Example("one", 13, "out\n"),
+        Example("two", 0, ""),
+        Example("print(1)\n#> 1\n", 0, "1\n", script=True),
+        Example("x\n", 0, "", "torch", script=True),
+        Example("3", 0, ""),
+    ]
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        Example("echo b", 0, "a\n"),
+        Example("exit 1", 0, ""),
+        Example("print(2)\n", 0, "1\n", script=True),
+        Example("raise SystemExit(1)\n", 0, "", script=True),
+    ],
+)
+def test_an_example_that_does_something_else_is_noticed(example: Example, tmp_path: Path) -> None:
+    """Another output or exit code fails."""
+    with pytest.raises(AssertionError):
+        check(example, tmp_path)
 
 
 # ---------------------------------------------------------------------------- the documents
@@ -130,14 +101,20 @@ def test_the_readme_shows_commands_at_work() -> None:
 
 
 @each_document
-def test_every_command_does_what_the_document_shows(document: Path, tmp_path: Path) -> None:
+def test_every_block_does_what_the_document_shows(document: Path, tmp_path: Path) -> None:
     """Run in order: exit codes and outputs are those that are printed there."""
-    (tmp_path / "fixtures").symlink_to(ROOT / "fixtures")
-    for command, code, output in examples(document.read_text(encoding="utf-8")):
-        done = shell(command, tmp_path)
-        assert done.returncode == code, f"$ {command}\n{done.stdout}"
-        found = printed(done.stdout)
-        assert re.fullmatch(pattern(output), found), f"$ {command}\n{found}\nexpected\n\n{output}"
+    prepare(tmp_path)
+    for example in examples(document.read_text(encoding="utf-8")):
+        if not example.framework:
+            check(example, tmp_path)
+
+
+@each_document
+def test_every_mark_is_one_that_somebody_executes(document: Path) -> None:
+    """A block that only looks executed would be worse than none."""
+    for block in blocks_of(document.read_text(encoding="utf-8")):
+        marks = {"python": ("", "signature", *FRAMEWORKS)}.get(block.language, ("",))
+        assert block.mark in marks, f"{block.language} {block.mark}"
 
 
 @each_page
@@ -148,9 +125,38 @@ def test_every_command_mentioned_exists(page: Path) -> None:
 
 
 @each_page
-def test_every_relative_link_leads_to_a_file(page: Path) -> None:
+def test_every_relative_link_leads_to_a_file_and_a_heading(page: Path) -> None:
     """Links and images inside the repository point to what is there."""
-    links = [a or b for a, b in _LINK.findall(page.read_text(encoding="utf-8"))]
-    files = [link.partition("#")[0] for link in links if not re.match(r"[a-z]+:", link)]
-    missing = [file for file in files if file and not (page.parent / file).exists()]
+    links = ["".join(found) for found in _LINK.findall(page.read_text(encoding="utf-8"))]
+    inside = [link for link in links if not re.match(r"[a-z]+:", link)]
+    missing = []
+    for link in inside:
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            missing.append(link)
     assert missing == []
+
+
+def anchors(page: Path) -> set[str]:
+    """Return what links can lead to in a page: its headings, as GitHub spells them."""
+    headings = _HEADING.findall(page.read_text(encoding="utf-8"))
+    words = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {word.strip().replace(" ", "-") for word in words}
+
+
+def test_every_page_of_docs_is_in_the_table_of_contents() -> None:
+    """docs/README.md links to each page beside it."""
+    contents = ROOT / "docs" / "README.md"
+    links = {"".join(found) for found in _LINK.findall(contents.read_text(encoding="utf-8"))}
+    pages = {page.name for page in contents.parent.glob("*.md")} - {contents.name}
+    assert pages <= links, pages - links
+
+
+def test_every_module_has_its_place_in_the_architecture() -> None:
+    """docs/architecture.md names each, those of a folder after the folder."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = {word.removesuffix(".py") for word in re.findall(r"`([a-z0-9_]+(?:\.py)?)/?`", text)}
+    modules = {path.stem for path in (ROOT / "ema_cli").rglob("*.py")} - {"__init__", "__main__"}
+    commands = set(cli.commands)
+    assert modules - named - commands == set()

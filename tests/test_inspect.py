@@ -103,8 +103,8 @@ def test_json_of_a_checkpoint_has_every_field(tmp_path: Path) -> None:
     assert found["path"] == str(path)
     assert (found["format"], found["step"]) == ("safetensors", 7)
     assert found["metadata"] == {"format": "pt"}
-    common = {"dtype": "float32", "shape": [2], "bytes": 8, "file": ""}
-    counter = {"dtype": "int64", "shape": [], "bytes": 8, "file": "", "role": "counter"}
+    common = {"dtype": "float32", "shape": [2], "bytes": 8, "file": "", "slices": 0}
+    counter = {**common, "dtype": "int64", "shape": [], "role": "counter"}
     assert found["tensors"] == [
         {"tensor": "a", "role": "variable", **common},
         {"tensor": "a/ema", "role": "shadow", **common},

@@ -85,10 +85,10 @@ def test_a_run_does_what_its_plan_says(
     kept = provenance(out)
     (average,) = plan["averages"]
     assert {key: kept[key] for key in SHARED} == {key: average[key] for key in SHARED}
-    listed = {file["name"]: file["size"] for file in average["output"]["files"]}
+    listed = {file["name"]: file["bytes"] for file in average["output"]["files"]}
     assert listed == {name: path.stat().st_size for name, path in files_of(out).items()}
-    assert result.outputs[0].nbytes == sum(listed.values()) == plan["bytes"]["write"]
-    assert {event.total for event in events} == {events[-1].read} == {plan["bytes"]["read"]}
+    assert result.outputs[0].nbytes == sum(listed.values()) == plan["costs"]["write_bytes"]
+    assert {event.total for event in events} == {events[-1].read} == {plan["costs"]["read_bytes"]}
     assert [event.read for event in events] == sorted(event.read for event in events)
     rows = [(row["path"], row["step"], row["weight"]) for row in kept["inputs"]]
     assert [row[1] for row in rows] == result.plan.run.steps
@@ -104,8 +104,8 @@ def test_every_tensor_is_averaged_copied_or_left_out(
     ema_cli.average_run(digits_run, out, **keywords)
     kept, written = provenance(out), set(tensors_of(out))
     last = kept["inputs"][-1]["path"]
-    copied = [row["name"] for row in kept["copied"]]
-    left_out = [row["name"] for row in kept["left_out"]]
+    copied = [row["tensor"] for row in kept["copied"]]
+    left_out = [row["tensor"] for row in kept["left_out"]]
     told = [*kept["averaged"], *copied, *left_out]
     assert sorted(told) == sorted(read_checkpoint(last))
     assert all(row["reason"] for row in kept["copied"] + kept["left_out"])
@@ -131,7 +131,7 @@ def test_provenance_names_headers_checksums_and_versions(tmp_path: Path) -> None
         (source,) = row["files"]
         data = Path(source["path"]).read_bytes()
         header = data[: 8 + int.from_bytes(data[:8], "little")]
-        assert source["size"] == len(data)
+        assert source["bytes"] == len(data)
         digests = {hashlib.sha256(header).hexdigest(), hashlib.sha256(header[8:]).hexdigest()}
         assert source["header"] in digests
     assert {"ema-avg", "python", "numpy"} <= set(kept["tool"])

@@ -247,10 +247,13 @@ def test_json_tells_what_was_done(tmp_path: Path) -> None:
         "type": "result",
         "schema": 1,
         "command": "rename",
-        "path": str(out),
+        "path": str(path),
+        "outputs": [{"path": str(out), "status": "written", "bytes": out.stat().st_size}],
         "renamed": [{"from": f"a/{SHADOW}", "to": "a"}],
         "replaced": ["a"],
-        "left_out": [f"a/{SHADOW}/biased"],
+        "left_out": [{"tensor": f"a/{SHADOW}/biased", "reason": "belongs to a shadow"}],
+        "kept_count": 0,
+        "notes": [],
     }
     with pytest.raises(Disagreement, match="no tensor is called"):
         ema_cli.rename(out, tmp_path / "more.safetensors", names="variable")

@@ -129,10 +129,10 @@ def test_diff_compares_views_by_what_they_show(tmp_path: Path) -> None:
     rows = write_views(tmp_path / "a.pt", {"0": values.ravel()}, {"w": View("0", (5, 7), (7, 1))})
     turned = {"0": np.ascontiguousarray(values.T).ravel()}
     columns = write_views(tmp_path / "b.pt", turned, {"w": View("0", (5, 7), (1, 5))})
-    assert ema_cli.diff(rows, columns) == []
+    assert not ema_cli.diff(rows, columns)
     turned["0"][5 * 3 + 2] = 99
     columns = write_views(tmp_path / "b.pt", turned, {"w": View("0", (5, 7), (1, 5))})
-    [difference] = ema_cli.diff(rows, columns)
+    [difference] = ema_cli.diff(rows, columns).differences
     assert (difference.count, difference.total, difference.max_abs) == (1, 35, 99 - values[2, 3])
 
 

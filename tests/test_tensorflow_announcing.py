@@ -64,7 +64,7 @@ def test_unchanged_whatever_the_input_looks_like(
     command = ["run", run, "-o", place / "out", "--average", "mean", "--names", names]
     assert cmd(*command).out.startswith("written")
     kept = json.loads((place / "out.ema.json").read_bytes())["output"]["files"]
-    sizes = {file["name"]: file["size"] for file in kept}
+    sizes = {file["name"]: file["bytes"] for file in kept}
     assert sizes == {name: Path(f"{place}/out{name}").stat().st_size for name in sizes}
     assert cmd(*command).out.startswith("unchanged")
 

@@ -65,7 +65,7 @@ def written(run: Path, out: Path, *words: str) -> dict[str, Any]:
 def left_out(out: Path) -> dict[str, str]:
     """The tensors an output has no place for, with the reason, as its provenance tells."""
     rows = json.loads(Path(f"{out}.ema.json").read_bytes())["left_out"]
-    return {row["name"]: row["reason"] for row in rows}
+    return {row["tensor"]: row["reason"] for row in rows}
 
 
 def halves(run: Path, tensor: str) -> np.ndarray:

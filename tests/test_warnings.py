@@ -45,7 +45,7 @@ def found(*words: Any) -> dict[str, tuple[str, str]]:
     """The warnings of a plan: code to (message, hint)."""
     lines = cmd("plan", *words, "--json").out.splitlines()
     documents = [json.loads(line) for line in lines]
-    return {d["code"]: (d["message"], d["hint"]) for d in documents if d["type"] == "warning"}
+    return {d["warning"]: (d["message"], d["hint"]) for d in documents if d["type"] == "warning"}
 
 
 def commands(*words: Any) -> list[tuple[list[str], str]]:

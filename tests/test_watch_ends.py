@@ -87,9 +87,9 @@ def test_nothing_beyond_the_last_step_is_applied(training: Training, tmp_path: P
     )
     *before, result = [json.loads(line) for line in done.out.splitlines()]
     assert [document["type"] for document in before] == ["warning", "applied"][1:]
-    assert [row["step"] for row in before[-1]["checkpoints"]] == [100, 200, 300]
+    assert [row["step"] for row in before[-1]["applied"]] == [100, 200, 300]
     assert (result["type"], result["schema"], result["command"]) == ("result", 1, "watch")
-    assert (result["ended"], result["step"], result["checkpoints"]) == ("until-step", 300, 3)
+    assert (result["ended"], result["step"], result["checkpoint_count"]) == ("until-step", 300, 3)
     assert cmd("watch", training.run, "--state", tmp_path / "state", *SHORT, "--until-step", "1")
 
 

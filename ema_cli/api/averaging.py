@@ -5,16 +5,23 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ema_cli import asked
 from ema_cli import plan as planning
 from ema_cli.asked import Select
+from ema_cli.errors import UsageError
 from ema_cli.naming import SHADOW_NAME
-from ema_cli.plan import Plan
-from ema_cli.running import OnEvent, RunResult, refuse_warnings, run_plan
+from ema_cli.plan import Plan, Request
+from ema_cli.running import (
+    OnEvent,
+    RunResult,
+    refuse_measuring,
+    refuse_warnings,
+    run_plan,
+)
 from ema_cli.warnings import warnings
 
 if TYPE_CHECKING:
@@ -22,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def plan_run(
-    runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     output: str | os.PathLike[str] | None = None,
     *,
     average: Sequence[str] = (),
@@ -51,27 +58,31 @@ def plan_run(
     optimizer: str = "auto",
     unknown: str = "refuse",
     state: str | os.PathLike[str] | None = None,
+    provenance: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     strict: bool = False,
 ) -> Plan:
-    """Return the plan of `average_run` with the same arguments; reads headers only.
+    """Return what `average_run` would do; reads headers and scalar steps only.
 
-    Raises the errors of `average_run` that can be known before tensor data moves.
+    The arguments are those of `average_run`.
+
+    Raises:
+        EmaError: what can be known before tensor data moves; see `ema_cli.errors`.
     """
-    request = asked.request(**locals())
-    if state is None:
-        plan = planning.make(request)
+    given = locals()
+    if state is None or provenance is not None:
+        plan = _planned(given)
     else:
         from ema_cli.continuing import plan_state
 
-        plan = plan_state(request, os.fspath(state))
+        plan = plan_state(_request(given), os.fspath(state))
     if strict:
         refuse_warnings(warnings(plan), plan.run)
     return plan
 
 
 def average_run(
-    runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     output: str | os.PathLike[str] | None = None,
     *,
     average: Sequence[str] = (),
@@ -99,9 +110,12 @@ def average_run(
     max_shard_size: str | int | None = None,
     optimizer: str = "auto",
     unknown: str = "refuse",
+    stats: bool = False,
+    outliers: str | None = None,
     overwrite: bool = False,
     restart: bool = False,
     state: str | os.PathLike[str] | None = None,
+    provenance: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     strict: bool = False,
     executor: Executor | None = None,
@@ -144,10 +158,16 @@ def average_run(
         max_shard_size: e.g. ``"5GB"``; for folders.
         optimizer: ``auto``, ``keep`` or ``drop`` optimizer state.
         unknown: ``refuse``, ``keep`` or ``drop`` objects in a pickle that are no plain data.
+        stats: measure how far each checkpoint lies from each average just before it is mixed in,
+            per group of tensors, and warn of outliers.
+        outliers: ``warn`` of checkpoints that do not seem to belong, or make the first an
+            ``error``; implies `stats`.
         overwrite: replace an existing output.
         restart: start over instead of continuing what a killed process left of this very run.
         state: directory that keeps the shadows: only what is newer than its last checkpoint is
             mixed in. It is begun if it is not there, and bound to its averages for ever.
+        provenance: the ``OUT.ema.json`` of an output: its inputs, selection and averages are taken
+            once more, unchanged, and no others; how the output looks may be given beside it.
         workers: threads; default from affinity and cgroup limits.
         strict: treat warnings and unusable entries as errors.
         executor: any `concurrent.futures.Executor`; threads when None.
@@ -160,12 +180,13 @@ def average_run(
         EmaError: one of `ema_cli.errors`; nothing half-written is left under an output's name.
     """
     given, started = locals(), time.monotonic()
-    request = asked.request(**given)
-    if state is not None:
+    if state is not None and provenance is None:
         from ema_cli.continuing import continue_state
 
+        refuse_measuring(stats=stats, outliers=outliers)
+
         return continue_state(
-            request,
+            _request(given),
             os.fspath(state),
             overwrite=overwrite,
             strict=strict,
@@ -173,13 +194,40 @@ def average_run(
             executor=executor,
             on_event=on_event,
         )
-    plan = planning.make(request)
+    plan = _planned(given)
     if strict:
         refuse_warnings(warnings(plan), plan.run)
     result = run_plan(
-        plan, overwrite=overwrite, restart=restart, executor=executor, on_event=on_event
+        plan,
+        overwrite=overwrite,
+        restart=restart,
+        stats=stats,
+        outliers=outliers,
+        strict=strict,
+        executor=executor,
+        on_event=on_event,
     )
     return dataclasses.replace(result, seconds=time.monotonic() - started)
+
+
+def _request(given: Mapping[str, Any]) -> Request:
+    if not given["runs"]:
+        raise UsageError("runs: expected a directory of checkpoints, or several checkpoints")
+    return asked.request(**given)
+
+
+def _planned(given: Mapping[str, Any]) -> Plan:
+    """Return the plan that the keywords of `average_run` without a state make."""
+    if given["provenance"] is None:
+        return planning.make(_request(given))
+    from ema_cli import replaying
+
+    defaults = average_run.__kwdefaults__ or {}
+    replaying.check_alone(given, defaults)
+    look = {k: given[k] for k in replaying.SUGGESTED if given[k] != defaults[k]}
+    return replaying.plan_again(
+        given["provenance"], given["output"], workers=given["workers"], **look
+    )
 
 
 def export(
@@ -220,6 +268,9 @@ def export(
         workers: threads; default from affinity and cgroup limits.
         executor: any `concurrent.futures.Executor`; threads when None.
         on_event: called with `Progress` events.
+
+    Returns:
+        What was written, from which plans.
 
     Raises:
         EmaError: one of `ema_cli.errors`; nothing half-written is left under an output's name.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ema_cli import machine
 from ema_cli.asked import Select, check_workers, rules_of
 from ema_cli.destination import check_destination, repair
+from ema_cli.engine import OnEvent, about
 from ema_cli.errors import Disagreement, NothingToAverage, UsageError
 from ema_cli.formats import FORMATS, detect, read
 from ema_cli.formats.tensorflow import prefixes
@@ -25,7 +26,7 @@ from ema_cli.tensors import Checkpoint
 from ema_cli.text import shorten
 
 if TYPE_CHECKING:
-    from ema_cli.comparison import Difference
+    from ema_cli.comparison import Comparison
     from ema_cli.renaming import Renamed
     from ema_cli.restoring import RestoreMap
 
@@ -35,9 +36,13 @@ def inspect(
 ) -> Checkpoint | Run | StateSummary:
     """Return the checkpoint, run or state at `path`; headers, steps and the ledger only.
 
-    `key` is where the model is inside a checkpoint that holds more.
+    Args:
+        path: of a checkpoint, a directory of checkpoints, or a state.
+        key: where the model is inside a checkpoint that holds more.
 
-    Raises `InputError` when it is none of them, `NothingToAverage` for a directory without any.
+    Raises:
+        InputError: it is none of them, or damaged.
+        NothingToAverage: a directory without a checkpoint.
     """
     text = os.fspath(path)
     if is_state(text):
@@ -73,6 +78,10 @@ def restore_map(
             variables.
         name: of the shadows.
         key: where the model is inside a checkpoint that holds more.
+
+    Raises:
+        InputError: the checkpoint or what `program` names cannot be read.
+        UsageError: an unknown `select`.
     """
     from ema_cli.restoring import restored
 
@@ -86,17 +95,33 @@ def diff(
     atol: float = 0.0,
     rtol: float = 0.0,
     key: str | None = None,
-) -> list[Difference]:
-    """Return how checkpoint `b` differs from `a`; an empty list when it does not.
+) -> Comparison:
+    """Return how checkpoint `b` differs from `a`; what is returned is false when it does not.
 
     Exact by default: names, dtypes, shapes and bits. With a tolerance two values agree when
-    ``|a - b| <= atol + rtol * |b|`` in float64, whatever their dtypes. `key` is where the model is
-    inside checkpoints that hold more.
+    ``|a - b| <= atol + rtol * |b|`` in float64, whatever their dtypes.
+
+    Args:
+        a: a checkpoint.
+        b: another one, of whatever format.
+        atol: largest absolute difference that counts as none.
+        rtol: the same, relative to `b`.
+        key: where the model is inside checkpoints that hold more.
+
+    Returns:
+        The differences, how many elements changed how much, and how much each tensor did.
+
+    Raises:
+        InputError: one of them cannot be read.
+        UsageError: a tolerance that is negative or no number.
     """
     from ema_cli.comparison import compare
 
     if not (0 <= atol < float("inf") and 0 <= rtol < float("inf")):
-        raise UsageError(f"--atol and --rtol: expected numbers >= 0, found {atol} and {rtol}")
+        raise UsageError(
+            f"--atol and --rtol: expected numbers >= 0, found {atol} and {rtol}",
+            "leave them out for an exact comparison, or try --atol 1e-6",
+        )
     paths = [os.fspath(path) for path in (a, b)]
     nested = [FORMATS[name].nested if (name := detect(path)) else False for path in paths]
     keys = [key or "" if one or not any(nested) else "" for one in nested]
@@ -117,6 +142,7 @@ def rename(
     workers: int | None = None,
     executor: Executor | None = None,
     dry_run: bool = False,
+    on_event: OnEvent | None = None,
 ) -> Renamed:
     """Write a copy of a checkpoint under other names; the values stay bit for bit.
 
@@ -133,13 +159,22 @@ def rename(
         workers: threads; default from affinity and cgroup limits.
         executor: any `concurrent.futures.Executor`; threads when None.
         dry_run: only return what would be renamed.
+        on_event: called with `Progress` events.
 
-    Raises `Disagreement` when two tensors would get one name or nothing would be renamed.
+    Returns:
+        What was renamed, and what was left out for it.
+
+    Raises:
+        Disagreement: two tensors would get one name, or nothing would be renamed.
+        EmaError: one of `ema_cli.errors`; nothing half-written is left under the output's name.
     """
     from ema_cli import renaming
 
     if names not in (None, *renaming.TOWARDS):
-        raise UsageError(f"names: expected shadow or variable, found '{shorten(names)}'")
+        raise UsageError(
+            f"names: expected shadow or variable, found '{shorten(names)}'",
+            "leave it out when only `rule` shall rename",
+        )
     check_workers(workers)
     request = Request(
         (os.fspath(checkpoint),),
@@ -156,5 +191,6 @@ def rename(
     if dry_run:
         return renamed
     document = renaming.document(layout, plan.run.checkpoints[0], renamed)
-    produce(plan.work, [layout], [(document, "")], executor, overwrite=overwrite)
+    tell = about(f"writing {shorten(os.path.basename(layout.path.rstrip('/')), 60)}", on_event)
+    produce(plan.work, [layout], [(document, "")], executor, tell, overwrite=overwrite)
     return renamed

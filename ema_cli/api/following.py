@@ -98,6 +98,9 @@ def watch(
             `ema_cli.live.reports`.
         stop: set it to end the watch after what it is doing.
 
+    Returns:
+        What was applied and published, and why the watch ended.
+
     Raises:
         EmaError: one of `ema_cli.errors`; the state holds what was applied before.
     """

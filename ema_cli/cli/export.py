@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ema_cli.cli import options
+from ema_cli.cli import completion, options
 from ema_cli.cli.command import Command, Option
 
 
@@ -16,13 +16,14 @@ from ema_cli.cli.command import Command, Option
     example="ema-avg export shadows -o average-{step}.safetensors",
     codes=(11, 13, 14, 17),
 )
-@click.argument("state", metavar="STATE", type=click.Path())
+@click.argument("state", metavar="STATE", type=click.Path(), shell_complete=completion.directories)
 @click.option(
     "-o",
     "--output",
     cls=Option,
     group="Output",
     metavar="OUT",
+    shell_complete=completion.paths,
     required=True,
     help="Where the result goes; may hold {step} and {average}. DIR/ is for TensorFlow.",
 )
@@ -32,6 +33,7 @@ from ema_cli.cli.command import Command, Option
     group="Average",
     multiple=True,
     metavar="LABEL",
+    shell_complete=completion.labels,
     help="Which average, where the state has several; all without it.",
 )
 @options.look_options
@@ -40,7 +42,7 @@ from ema_cli.cli.command import Command, Option
     cls=Option,
     group="Average",
     type=click.Choice(("error", "allow")),
-    help="What NaN or infinity in the result is.  [default: as the state has it]",
+    help="What is done about NaN or infinity in the result.  [default: as the state has it]",
 )
 @options.overwrite_option
 @options.workers_option
@@ -69,6 +71,7 @@ def export(state: str, output: str, **given: Any) -> int:
         state=state,
         step=result.step,
         outputs=[planview.output(written) for written in result.outputs],
+        notes=list(result.notes),
     )
     out.flush()
     return 0

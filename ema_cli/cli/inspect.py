@@ -14,13 +14,13 @@ from ema_cli.views import Out
 
 if TYPE_CHECKING:
     from ema_cli.runs import Run
-    from ema_cli.tensors import Checkpoint, Index, Tensor
+    from ema_cli.tensors import Checkpoint
 
 
 @click.command(
     cls=Command,
     short_help="Show what a checkpoint, a run or a state holds.",
-    example="ema-avg inspect train_dir/checkpoint-1000",
+    example="ema-avg inspect train_dir\nema-avg inspect train_dir/checkpoint-1000",
     codes=(3, 10, 13),
 )
 @click.argument("path", metavar="PATH", type=click.Path())
@@ -43,7 +43,7 @@ def inspect(path: str, name: str, key: str | None, **given: Any) -> int:
     if isinstance(found, StateSummary):
         stateview.show(out, found)
     elif isinstance(found, Run):
-        _run(out, found)
+        _run(out, found, path)
         code = 3 if running.unusable(found) else 0
     else:
         _checkpoint(out, found, name)
@@ -51,9 +51,9 @@ def inspect(path: str, name: str, key: str | None, **given: Any) -> int:
     return code
 
 
-def _run(out: Out, run: Run) -> None:
+def _run(out: Out, run: Run, path: str) -> None:
     from ema_cli import record
-    from ema_cli.cli import planview
+    from ema_cli.cli import planview, timeline
 
     planview.passed_over(out, run)
     sizes = [sum(file.size for file in checkpoint.files) for checkpoint in run.checkpoints]
@@ -64,18 +64,27 @@ def _run(out: Out, run: Run) -> None:
             for checkpoint, n_bytes in zip(run.checkpoints, sizes, strict=True)
         ],
     )
-    gaps = sorted({b - a for a, b in zip(run.steps, run.steps[1:], strict=False)})
-    shown = "" if not gaps else f", {gaps[0]:,} steps apart"
-    if len(gaps) > 1:
-        shown = f", {gaps[0]:,} to {gaps[-1]:,} steps apart"
+    screen = out.screen()
+    if screen is not None:
+        timeline.draw(screen, run)
+    apart = sorted({b - a for a, b in zip(run.steps, run.steps[1:], strict=False)})
+    shown = "" if not apart else f", {apart[0]:,} steps apart"
+    if len(apart) > 1:
+        shown = f", {apart[0]:,} to {apart[-1]:,} steps apart"
+    gaps = timeline.gaps(run.steps)
+    for gap in gaps:
+        out.say(gap.told())
     out.say(f"{plural(len(run.checkpoints), 'checkpoint')}{shown}, {size(sum(sizes))}")
     out.document(
         "result",
         command="inspect",
+        kind="run",
+        path=path,
         checkpoints=[
-            {"path": c.path, "step": c.step, "tensors": len(c.index.tensors), "bytes": n_bytes}
+            {"path": c.path, "step": c.step, "tensor_count": len(c.index.tensors), "bytes": n_bytes}
             for c, n_bytes in zip(run.checkpoints, sizes, strict=True)
         ],
+        gaps=timeline.documents(gaps),
         passed_over=record.passed_over(run),
         notes=list(run.notes),
     )
@@ -93,7 +102,8 @@ def _checkpoint(out: Out, checkpoint: Checkpoint, name: str) -> None:
             "shape": list(tensor.shape),
             "bytes": tensor.nbytes,
             "role": role_in(index, tensor.name, name).value,
-            "file": _files(index, tensor),
+            "file": None if tensor.slices else index.names[tensor.extent.file],
+            "slices": len(tensor.slices),
         }
         for tensor in index.tensors
     ]
@@ -103,7 +113,7 @@ def _checkpoint(out: Out, checkpoint: Checkpoint, name: str) -> None:
         ("tensor", "dtype", "shape", "bytes", "role") + (("file",) if folder else ()),
         [
             (r["tensor"], r["dtype"], str(r["shape"]), r["bytes"], r["role"])
-            + ((r["file"],) if folder else ())
+            + ((r["file"] or plural(r["slices"], "slice"),) if folder else ())
             for r in rows
         ],
     )
@@ -121,26 +131,21 @@ def _checkpoint(out: Out, checkpoint: Checkpoint, name: str) -> None:
     out.document(
         "result",
         command="inspect",
+        kind="checkpoint",
         path=checkpoint.path,
         format=index.format,
         step=checkpoint.step,
         metadata=dict(index.metadata),
         tensors=rows,
+        notes=list(checkpoint.notes),
         provenance=origin,
     )
 
 
-def _files(index: Index, tensor: Tensor) -> str:
-    """Return the file a tensor lies in, or in how many slices it is stored."""
-    if tensor.slices:
-        return plural(len(tensor.slices), "slice")
-    return index.names[tensor.extent.file]
-
-
 def _origin(out: Out, origin: Mapping[str, Any]) -> None:
     """Tell what an output of ours was made of."""
-    average, inputs = origin.get("average"), origin.get("inputs", [])
-    if average is None:
+    average, inputs = origin.get("average"), origin.get("inputs")
+    if not isinstance(average, dict) or not isinstance(inputs, list):
         out.say("a renamed copy made by ema-avg")
         return
     out.say(f"an average made by ema-avg: {shorten(str(average.get('spec')))}")

@@ -67,12 +67,14 @@ def map_command(ctx: click.Context, /, checkpoint: str, **given: Any) -> int:
     else:
         rows = [(r.restore_name, r.variable, r.source, r.note) for r in found.rows]
         out.table(("restore name", "variable", "source", "note"), rows)
-    _tell(out, found, checkpoint, name, key)
+    _tell(out, found, checkpoint, name, key, python=given["python"])
     out.flush()
     return 13 if found.missing else 0
 
 
-def _tell(out: Out, found: RestoreMap, checkpoint: str, name: str, key: str | None) -> None:
+def _tell(
+    out: Out, found: RestoreMap, checkpoint: str, name: str, key: str | None, *, python: bool
+) -> None:
     for orphan in found.orphans:
         out.say(f"note: nobody asks for '{shorten(orphan)}'")
     hint = ""
@@ -83,10 +85,12 @@ def _tell(out: Out, found: RestoreMap, checkpoint: str, name: str, key: str | No
     out.document(
         "result",
         command="map",
+        path=checkpoint,
         rows=[row._asdict() for row in found.rows],
         orphans=list(found.orphans),
-        missing=len(found.missing),
+        missing_count=len(found.missing),
         hint=hint,
+        python=python_code(found) if python else None,
     )
 
 

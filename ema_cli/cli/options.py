@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 
 import click
 
+from ema_cli.cli import completion
 from ema_cli.cli.command import Option
-from ema_cli.cli.configuration import configure
+from ema_cli.cli.configuration import configure, unknown_variables
 from ema_cli.views import Out
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -32,10 +33,17 @@ def _option(group: str, *names: str, **kwargs: Any) -> Callable[[F], F]:
 
 common_options = _apply(
     [
-        _option("Common", "--json", is_flag=True, help="JSON on stdout."),
-        _option("Common", "-q", "--quiet", is_flag=True, help="Errors only on stderr."),
+        _option(
+            "Common", "--json", is_flag=True, help="Answer in JSON on stdout, one document a line."
+        ),
+        _option("Common", "-q", "--quiet", is_flag=True, help="Say nothing but errors on stderr."),
         _option("Common", "-v", "--verbose", is_flag=True, help="Say more on stderr."),
-        _option("Common", "--no-color", is_flag=True, help="No styles; NO_COLOR does the same."),
+        _option(
+            "Common",
+            "--no-color",
+            is_flag=True,
+            help="No colors or styles; NO_COLOR does the same.",
+        ),
         _option(
             "Common",
             "--config",
@@ -43,8 +51,8 @@ common_options = _apply(
             is_eager=True,
             expose_value=False,
             callback=configure,
-            help="Defaults from a TOML file, a table per command; EMA_AVG_RUN_DECAY and "
-            "the like come before it.",
+            metavar="FILE.toml",
+            help="Defaults for options, a table for each command; see ema-avg --help.",
         ),
     ]
 )
@@ -52,12 +60,15 @@ common_options = _apply(
 
 def way_out(given: dict[str, Any]) -> Out:
     """Take the common options out of a command's arguments; returns its way to the user."""
-    return Out(
+    out = Out(
         as_json=given.pop("json"),
         quiet=given.pop("quiet"),
         verbose=given.pop("verbose"),
         color=not given.pop("no_color"),
     )
+    for message, hint in unknown_variables(click.get_current_context()):
+        out.warning("unknown-variable", message, hint)
+    return out
 
 
 strict_option = _option(
@@ -70,7 +81,14 @@ def select_options(include: str, exclude: str) -> Callable[[F], F]:
     texts = {"--include": include, "--exclude": exclude}
     return _apply(
         [
-            _option("Average", option, multiple=True, metavar="GLOB", help=text)
+            _option(
+                "Average",
+                option,
+                multiple=True,
+                metavar="GLOB",
+                shell_complete=completion.tensors,
+                help=text,
+            )
             for option, text in texts.items()
         ]
     )
@@ -81,27 +99,44 @@ name_option = _option(
     "--name",
     default="ExponentialMovingAverage",
     show_default=True,
-    help="Name of the shadows: <variable>/NAME.",
+    help="What shadows are called: <variable>/NAME.",
 )
 
 key_option = _option(
     "Input",
     "--key",
     metavar="PATH",
+    shell_complete=completion.keys,
     help="Where the model is inside a checkpoint that holds more, e.g. state/model.",
+)
+from_option = _option(
+    "Input",
+    "--from",
+    "provenance",
+    metavar="OUT.ema.json",
+    type=click.Path(),
+    allow_from_autoenv=False,
+    shell_complete=completion.provenances,
+    help="Average once more, and in the same way, what OUT was made of; instead of RUN and all "
+    "other options of Input and Average.",
 )
 input_options = _apply(
     [
-        _option("Input", "--glob", metavar="GLOB", help="Entries to consider; may contain '/'."),
+        _option(
+            "Input", "--glob", metavar="GLOB", help="Entries of RUN to consider; may contain '/'."
+        ),
         _option("Input", "--last", type=int, metavar="N", help="Only the newest N checkpoints."),
         _option(
             "Input",
             "--steps",
             metavar="A:B[:C]",
-            help="Only steps A to B; with C, where C divides step - A.",
+            help="Only steps A to B, both included; with C only A, A + C, A + 2C and so on.",
         ),
         _option(
-            "Input", "--step-from", metavar="REGEX", help="The step in a name: the first group."
+            "Input",
+            "--step-from",
+            metavar="REGEX",
+            help="How a name tells the step: the first group is it.",
         ),
         _option(
             "Input",
@@ -121,7 +156,7 @@ non_finite_option = _option(
     type=click.Choice(("error", "allow")),
     default="error",
     show_default=True,
-    help="What NaN or infinity in the result is.",
+    help="What is done about NaN or infinity in the result.",
 )
 
 average_options = _apply(
@@ -130,26 +165,29 @@ average_options = _apply(
             "Average",
             "--decay",
             metavar="D[/step]",
-            help="Exponential average: decay per checkpoint, or per training step.",
+            shell_complete=completion.decays,
+            help="Exponential average with this decay per checkpoint, or per training step.",
         ),
         _option(
             "Average",
             "--average",
             multiple=True,
             metavar="[LABEL=]SPEC[@WINDOW]",
-            help="ema:D[/step], half-life:STEPS, mean, lr:{linear,cosine,1-sqrt}, "
-            "power:SIGMA_REL or weights:FILE; WINDOW is last=N or A:B in steps. "
-            "lr:linear is the mean.",
+            shell_complete=completion.averages,
+            help="An average, or several with several of these. SPEC is ema:D[/step], "
+            "half-life:STEPS, mean, lr:{linear,cosine,1-sqrt}, power:SIGMA_REL or weights:FILE; "
+            "WINDOW is last=N or A:B in steps. lr:linear is the mean.",
         ),
         _option(
             "Average",
             "--num-updates",
             type=click.Choice(("none", "count", "step")),
-            help="Ramp min(D, (1+n)/(10+n)): n counts updates, or is the step.  [default: none]",
+            help="Lower the decay at first to min(D, (1+n)/(10+n)), where n counts updates or is "
+            "the step.  [default: none]",
         ),
         select_options(
-            "Average these tensors too; the last match of both options wins.",
-            "Copy these tensors from the last checkpoint.",
+            "Average tensors that match; of both options the last match wins.",
+            "Copy tensors that match from the last checkpoint.",
         ),
         _option(
             "TensorFlow compatibility",
@@ -157,7 +195,7 @@ average_options = _apply(
             type=click.Choice(("first", "zeros")),
             default="first",
             show_default=True,
-            help="Start from the first checkpoint or from zeros.",
+            help="Begin with the first checkpoint or with zeros.",
         ),
         _option(
             "TensorFlow compatibility",
@@ -170,8 +208,8 @@ average_options = _apply(
             "TensorFlow compatibility",
             "--statistics",
             type=click.Choice(("average", "copy")),
-            help="Batch-norm statistics; the frameworks copy them.  [default: average, or copy "
-            "with --like]",
+            help="Average batch-norm statistics, or copy the last ones as the frameworks do.  "
+            "[default: average, or copy with --like]",
         ),
         _option(
             "TensorFlow compatibility",
@@ -187,14 +225,45 @@ average_options = _apply(
             type=click.Choice(("tensorflow", "torch", "keras")),
             default="tensorflow",
             show_default=True,
-            help="Whose arithmetic: torch as AveragedModel, keras as use_ema, bit for bit.",
+            help="Whose arithmetic, bit for bit: torch is that of AveragedModel, keras of use_ema.",
         ),
         non_finite_option,
     ]
 )
 
+stats_options = _apply(
+    [
+        _option(
+            "Average",
+            "--stats",
+            is_flag=True,
+            help="Tell how far each checkpoint lies from the average before it, and warn of "
+            "outliers.",
+        ),
+        _option(
+            "Average",
+            "--outliers",
+            type=click.Choice(("warn", "error")),
+            help="What a checkpoint is that does not seem to belong; implies --stats.  "
+            "[default: warn]",
+        ),
+    ]
+)
+
 format_option = _option(
-    "Output", "--format", metavar="FORMAT", help="Format, if not told by the suffix or the input."
+    "Output",
+    "--format",
+    metavar="FORMAT",
+    shell_complete=completion.format_names,
+    help="Of the output.  [default: what its suffix tells, or that of the input]",
+)
+plot_option = _option(
+    "Output",
+    "--plot",
+    metavar="FILE.svg",
+    type=click.Path(),
+    shell_complete=completion.paths,
+    help="Also draw weights, coefficients and, of a run, the drift of each group of tensors.",
 )
 overwrite_option = _option(
     "Output", "--overwrite", is_flag=True, help="Replace an existing output."
@@ -211,14 +280,14 @@ rule_option = _option(
     nargs=2,
     multiple=True,
     metavar="PATTERN REPL",
-    help="Regular expression replaced in output names.",
+    help="Replace a regular expression in the names of the output; may be repeated.",
 )
 workers_option = _option(
     "Resources",
     "--workers",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Threads; default from affinity and cgroup limits.",
+    help="Threads; all cores this process may use without it.",
 )
 
 look_options = _apply(
@@ -229,24 +298,29 @@ look_options = _apply(
             type=click.Choice(("auto", "shadow", "variable")),
             default="auto",
             show_default=True,
-            help="<variable>/NAME, or plain names ready to load.",
+            help="Names of averaged tensors: <variable>/NAME, or plain ones that are ready to load.",
         ),
         rule_option,
         _option(
             "Output",
             "--dtype",
             type=click.Choice(AVERAGED),
-            help="Of averaged tensors; default their own.",
+            help="Of averaged tensors in the output.  [default: their own]",
         ),
         format_option,
-        _option("Output", "--max-shard-size", metavar="SIZE", help="E.g. 5GB; for new folders."),
+        _option(
+            "Output",
+            "--max-shard-size",
+            metavar="SIZE",
+            help="Most bytes of one file of a new folder, e.g. 5GB.",
+        ),
         _option(
             "Output",
             "--optimizer",
             type=click.Choice(("auto", "keep", "drop")),
             default="auto",
             show_default=True,
-            help="Optimizer state: auto keeps it when names stay.",
+            help="Optimizer state; auto keeps it where the names stay.",
         ),
         _option(
             "Output",
@@ -276,7 +350,8 @@ state_option = _option(
     "--state",
     metavar="DIR",
     type=click.Path(),
-    help="Keep the shadows in DIR and mix in what is new; begun if it is not there.",
+    shell_complete=completion.directories,
+    help="Keep the shadows in DIR, and mix in only what is new; begun if it is not there.",
 )
 
 

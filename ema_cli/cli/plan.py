@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ema_cli.cli import options
+from ema_cli.cli import completion, options, replayed
 from ema_cli.cli.command import Command, Option, selected
 from ema_cli.views import Out
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     example="ema-avg plan train_dir --decay 0.999/step",
     codes=(3, 10, 13, 16),
 )
-@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path())
+@click.argument("runs", metavar="RUN...", nargs=-1, type=click.Path())
+@options.from_option
 @options.input_options
 @options.average_options
 @click.option(
@@ -30,9 +31,11 @@ if TYPE_CHECKING:
     cls=Option,
     group="Output",
     metavar="OUT",
+    shell_complete=completion.paths,
     help="Where a run would write.",
 )
 @options.output_options
+@options.plot_option
 @options.state_option
 @options.workers_option
 @options.strict_option
@@ -44,7 +47,9 @@ def plan(ctx: click.Context, /, **given: Any) -> int:
     RUN is a directory of checkpoints, or several checkpoints.
     """
     out, arguments = split(ctx, given)
-    return show(out, arguments)
+    plot = arguments.pop("plot")
+    replayed.settle(ctx, arguments)
+    return show(out, arguments, plot=plot)
 
 
 def split(ctx: click.Context, given: dict[str, Any]) -> tuple[Out, dict[str, Any]]:
@@ -54,25 +59,35 @@ def split(ctx: click.Context, given: dict[str, Any]) -> tuple[Out, dict[str, Any
     return out, given
 
 
-def show(out: Out, arguments: dict[str, Any], *, overwrite: bool = False) -> int:
-    """Make and print the plan; returns the exit code."""
-    from ema_cli import api, running
-    from ema_cli.cli import planview
+def show(
+    out: Out,
+    arguments: dict[str, Any],
+    *,
+    overwrite: bool | None = None,
+    plot: str | None = None,
+) -> int:
+    """Make, print and, where that was asked for, draw the plan; returns the exit code."""
+    from ema_cli import running
+    from ema_cli.cli import planview, plotfile
     from ema_cli.destination import check_destination
     from ema_cli.errors import OutputExists
     from ema_cli.warnings import warnings
 
-    made = api.plan_run(**arguments)
+    plotfile.check(plot, overwrite=overwrite)
+    made = replayed.planned(arguments)
+    plotfile.check_plan(plot, made)
     planview.passed_over(out, made.run)
-    for warning in warnings(made):
+    for warning in warnings(made, state=arguments.get("state") or ""):
         out.warning(*warning)
     inputs = running.all_inputs(made)
     for outcome in made.outcomes if made.request.output else ():
         try:
-            check_destination(outcome.layout, inputs, overwrite=overwrite)
+            check_destination(outcome.layout, inputs, overwrite=bool(overwrite))
         except OutputExists as error:
             out.warning("output-exists", error.message, error.hint)
     planview.show(out, made)
+    if plot is not None:
+        plotfile.draw(out, plot, made, overwrite=bool(overwrite))
     out.document("result", command="plan", **document(made))
     out.flush()
     return 3 if running.unusable(made.run) else 0
@@ -86,5 +101,5 @@ def document(made: Plan) -> dict[str, Any]:
         "averages": [record.describe(made, outcome) for outcome in made.outcomes],
         "passed_over": record.passed_over(made.run),
         "notes": list(made.run.notes),
-        "bytes": dataclasses.asdict(made.costs),
+        "costs": {f"{name}_bytes": n for name, n in dataclasses.asdict(made.costs).items()},
     }

@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ema_cli.cli import plotview
 from ema_cli.naming import OBJECT_GRAPH, SHADOW_NAME, role_in
 from ema_cli.record import copied
 from ema_cli.tensors import Role
 from ema_cli.text import command, percent, plural, printable, shorten, size
-from ema_cli.views import Cell, Out
+from ema_cli.views import Out
 
 if TYPE_CHECKING:
     from ema_cli.blueprint import Layout
@@ -67,7 +68,7 @@ def show(out: Out, plan: Plan) -> None:
     if plan.request.implicit:
         out.line(RAMP)
     out.line()
-    _weights(out, plan)
+    plotview.show(out, plotview.of_plan(plan))
     out.line()
     for outcome in plan.outcomes:
         _outcome(out, plan, outcome)
@@ -80,35 +81,12 @@ def show(out: Out, plan: Plan) -> None:
     )
 
 
-def _weights(out: Out, plan: Plan) -> None:
-    """One row per checkpoint: its coefficient and weight in each average."""
-    single = len(plan.outcomes) == 1
-    columns = ["checkpoint", "step"]
-    for outcome in plan.outcomes:
-        suffix = "" if single else f" {outcome.average.label}"
-        columns += [f"coefficient{suffix}", f"weight{suffix}"]
-    rows: list[list[Cell]] = []
-    for k, checkpoint in enumerate(plan.run.checkpoints):
-        shown = checkpoint.name if plan.run.searched else checkpoint.path
-        row: list[Cell] = [shown, checkpoint.step or 0]
-        for outcome in plan.outcomes:
-            coefficient = plan.schedules[outcome.schedule].coefficients[k]
-            row += [f"{coefficient:.9g}", percent(outcome.weights[k])]
-        rows.append(row)
-    out.table(columns, rows)
-
-
 def _outcome(out: Out, plan: Plan, outcome: Outcome) -> None:
-    from ema_cli.schedules import effective_count, mean_age
-
     weights, layout = outcome.weights, outcome.layout
     total = sum(weights)
     sums = "" if abs(total - 1) < 1e-6 else f", the weights sum to {total:.6g}"
-    out.line(
-        f"{outcome.average.label}: {outcome.average.spec}: "
-        f"effective number of checkpoints {effective_count(weights):.1f}, "
-        f"mean age {mean_age(weights, plan.run.steps):,.0f} steps{sums}"
-    )
+    worth = plotview.extent(weights, plan.run.steps)
+    out.line(f"{outcome.average.label}: {outcome.average.spec}: {worth}{sums}")
     if layout.path:
         out.line(f"  to {shorten(layout.path, 1000)}")
     kind = "the last checkpoint's own layout" if layout.template else "a new layout"
@@ -240,6 +218,7 @@ def summary(out: Out, plan: Plan, outcome: Outcome) -> None:
             f"{percent(weights[first])} (step {plan.run.steps[first]:,}) to "
             f"{percent(weights[last])} (step {plan.run.steps[last]:,})"
         )
+        out.say(f"  {plotview.extent(weights, plan.run.steps)}")
     for k in used:
         path = shorten(plan.run.checkpoints[k].path, 1000)
         out.detail(f"  used: {path} (step {plan.run.steps[k]:,}): {percent(weights[k])}")

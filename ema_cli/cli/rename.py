@@ -50,7 +50,10 @@ def rename(checkpoint: str, output: str, **given: Any) -> int:
     from ema_cli import api
 
     out = options.way_out(given)
-    done = api.rename(checkpoint, output, **given)
+    try:
+        done = api.rename(checkpoint, output, **given, on_event=out.progress)
+    finally:
+        out.end_progress()
     tell = out.say if given["dry_run"] else out.detail
     for old, new in done.renamed:
         tell(f"renamed: {shorten(old)} to {shorten(new)}")
@@ -68,10 +71,22 @@ def rename(checkpoint: str, output: str, **given: Any) -> int:
     out.document(
         "result",
         command="rename",
-        path=done.path,
+        path=checkpoint,
+        outputs=[
+            {
+                "path": done.path,
+                "status": "planned" if given["dry_run"] else "written",
+                "bytes": done.nbytes,
+            }
+        ],
         renamed=[{"from": old, "to": new} for old, new in done.renamed],
         replaced=list(done.replaced),
-        left_out=list(done.left_out),
+        left_out=[
+            {"tensor": name, "reason": reason}
+            for name, reason in zip(done.left_out, done.reasons, strict=True)
+        ],
+        kept_count=done.kept,
+        notes=list(done.notes),
     )
     out.flush()
     return 0

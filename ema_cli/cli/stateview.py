@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from ema_cli.text import command, percent, plural, printable, shorten, size
-from ema_cli.views import Cell, Out
+from ema_cli.text import command, plural, printable, shorten, size
+from ema_cli.views import Out
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,14 +21,18 @@ if TYPE_CHECKING:
 def continued(out: Out, arguments: dict[str, Any]) -> int:
     """Carry out ``ema-avg run --state``; returns the exit code."""
     from ema_cli import asked
-    from ema_cli.cli import planview
+    from ema_cli.cli import planview, plotfile
     from ema_cli.continuing import continue_state
 
-    state = arguments.pop("state")
+    state, plot = arguments.pop("state"), arguments.pop("plot")
     given = {name: arguments.pop(name) for name in ("overwrite", "strict", "restart")}
+
+    plotfile.check(plot, overwrite=given["overwrite"])
 
     def planned(run: Run, warnings: Sequence[PlanWarning], notes: Sequence[str]) -> None:
         planview.passed_over(out, run)
+        stamps = (stamp for one in run.checkpoints for stamp in one.files)
+        plotfile.check_against(plot, stamps, [state, arguments["output"] or state])
         for warning in warnings:
             out.warning(*warning)
         for note in notes:
@@ -39,6 +43,9 @@ def continued(out: Out, arguments: dict[str, Any]) -> int:
         steps = span([row.step or 0 for row in rows])
         with contextlib.suppress(BrokenPipeError):  # who has gone does not end the work
             out.line(f"applied  {plural(len(rows), 'checkpoint')}  {steps}  {printable(state)}")
+            out.document(
+                "applied", state=state, applied=applied(rows), read_bytes=None, seconds=None
+            )
             out.flush()
 
     try:
@@ -54,13 +61,34 @@ def continued(out: Out, arguments: dict[str, Any]) -> int:
         out.end_progress()
     for note in result.promises:
         out.say(f"note: {note}")
+    _look(out, state)
     _tell(out, result)
+    _draw(out, state, plot, overwrite=given["overwrite"])
+    _result(out, result)
     out.flush()
     return 3 if result.unusable else 0
 
 
+def _draw(out: Out, path: str, plot: str | None, *, overwrite: bool) -> None:
+    """Draw what the state averages now into a picture."""
+    from ema_cli.cli import plotfile, plotview
+    from ema_cli.states.summary import summarize
+
+    if plot is not None:
+        course = plotview.of_state(summarize(path))
+        plotfile.save(out, plot, path, course, overwrite=overwrite)
+
+
+def _look(out: Out, path: str) -> None:
+    """Draw what the state averages now for who looks."""
+    from ema_cli.cli import plotview
+    from ema_cli.states.summary import summarize
+
+    if out.screen(talk=True) is not None:
+        plotview.beside_data(out, plotview.of_state(summarize(path)))
+
+
 def _tell(out: Out, result: StateResult) -> None:
-    from ema_cli import record
     from ema_cli.cli import planview
 
     if not result.applied:
@@ -73,45 +101,43 @@ def _tell(out: Out, result: StateResult) -> None:
     )
     if result.unusable:
         out.say("done, but something that looks like a checkpoint could not be used")
+
+
+def _result(out: Out, result: StateResult) -> None:
+    """Write the last document, when nothing can fail any more."""
+    from ema_cli import record
+    from ema_cli.cli import planview
+
     out.document(
         "result",
         command="run",
         state=result.state,
         status="applied" if result.applied else "unchanged",
-        applied=[{"step": row.step, "path": row.path} for row in result.applied],
+        applied=applied(result.applied),
         step=result.step,
-        checkpoints=result.checkpoints,
+        checkpoint_count=result.checkpoints,
         outputs=[planview.output(written) for written in result.outputs],
         read_bytes=result.read,
         seconds=result.seconds,
-        unusable=[entry.path for entry in result.unusable],
         passed_over=record.passed_over(result.run),
+        notes=[*result.run.notes, *result.notes, *result.promises],
     )
+
+
+def applied(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return the checkpoints that were mixed into a state as JSON data."""
+    return [{"path": row.path, "step": row.step} for row in rows]
 
 
 def show(out: Out, state: StateSummary) -> None:
     """Print what a state averages, up to which step, with which weights."""
-    from ema_cli.schedules import effective_count, mean_age
+    from ema_cli.cli import plotview
 
     rows = state.applied
-    single = len(state.averages) == 1
-    columns = ["checkpoint", "step"]
-    for average in state.averages:
-        suffix = "" if single else f" {average.label}"
-        columns += [f"coefficient{suffix}", f"weight{suffix}"]
-    table: list[list[Cell]] = []
-    for k, row in enumerate(rows):
-        cells: list[Cell] = [row.name, row.step or 0]
-        for coefficient, weights in zip(row.coefficients, state.weights, strict=True):
-            cells += [f"{coefficient:.9g}", percent(weights[k])]
-        table.append(cells)
-    out.table(columns, table)
+    plotview.show(out, plotview.of_state(state))
     steps = [row.step or 0 for row in rows]
     for average, weights in zip(state.averages, state.weights, strict=True):
-        out.say(
-            f"{average.label}: {average.spec}: effective number of checkpoints "
-            f"{effective_count(weights):.1f}, mean age {mean_age(weights, steps):,.0f} steps"
-        )
+        out.say(f"{average.label}: {average.spec}: {plotview.extent(weights, steps)}")
     for row in state.rows:
         if row.missed:
             out.say(f"missed: step {row.step}: {shorten(row.path, 1000)}: {row.missed}")
@@ -132,7 +158,8 @@ def verified(out: Out, state: StateSummary) -> int:
     out.document(
         "result",
         command="verify",
-        state=state.path,
+        kind="state",
+        path=state.path,
         generation=state.generation,
         step=state.step,
         bytes=state.nbytes,
@@ -145,7 +172,8 @@ def _document(out: Out, state: StateSummary) -> None:
     out.document(
         "result",
         command="inspect",
-        state=state.path,
+        kind="state",
+        path=state.path,
         generation=state.generation,
         step=state.step,
         settings=list(state.settings),
@@ -155,14 +183,14 @@ def _document(out: Out, state: StateSummary) -> None:
         ],
         ledger=[
             {
-                "step": row.step,
                 "path": row.path,
+                "step": row.step,
                 "coefficients": list(row.coefficients),
-                "missed": row.missed or None,
+                "reason": row.missed or None,
             }
             for row in state.rows
         ],
-        tensors=state.tensors,
+        tensor_count=state.tensors,
         bytes=state.nbytes,
     )
 

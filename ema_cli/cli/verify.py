@@ -38,8 +38,8 @@ def verify(path: str, **given: Any) -> int:
     """Check an output's headers and checksums, and recompute blocks of it, bit for bit.
 
     PATH is an output: a file, a folder, a TensorFlow prefix, or the OUT.ema.json of one. Exit
-    status 3 says that nothing is wrong, but that the sources are gone or others by now. Or it is
-    a state, of which every checksum, the ledger and the plan are checked.
+    status 3 says that nothing is wrong, but that what it was made of is gone or has changed. Or
+    PATH is a state, of which every checksum, the ledger and the plan are checked.
     """
     from ema_cli.cli import stateview
     from ema_cli.states.summary import StateSummary
@@ -58,8 +58,9 @@ def verify(path: str, **given: Any) -> int:
     out.document(
         "result",
         command="verify",
+        kind="output",
         path=found.path,
-        files=found.files,
+        file_count=found.files,
         bytes=found.nbytes,
         checksums=found.checksums,
         blocks={"recomputed": found.recomputed, "total": found.total},

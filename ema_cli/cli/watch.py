@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ema_cli.cli import options
+from ema_cli.cli import completion, options
 from ema_cli.cli.command import Command, Option
 from ema_cli.cli.plan import split
-from ema_cli.cli.stateview import span
+from ema_cli.cli.signals import Unread
+from ema_cli.cli.stateview import applied, span
 from ema_cli.text import plural, printable, shorten, size
 
 if TYPE_CHECKING:
@@ -22,8 +23,9 @@ RESUME = "the same command goes on where this one stopped"
 @click.command(
     cls=Command,
     short_help="Average a training while it goes on.",
-    example="ema-avg watch train_dir --state shadows -o average-{step}.safetensors",
-    codes=(3, 10, 11, 13, 14, 16, 17),
+    example="ema-avg watch train_dir --state shadows -o average-{step}.safetensors "
+    "--until-step 2000",
+    codes=(3, 10, 11, 13, 14, 16, 17, 141),
 )
 @click.argument("run", metavar="RUN", type=click.Path())
 @click.option(
@@ -32,25 +34,26 @@ RESUME = "the same command goes on where this one stopped"
     group="Input",
     metavar="DIR",
     type=click.Path(),
+    shell_complete=completion.directories,
     required=True,
     help="Where the shadows are kept; begun if it is not there.",
 )
 @click.option(
-    "--glob", cls=Option, group="Input", metavar="GLOB", help="Entries to consider; may hold '/'."
+    "--glob", cls=Option, group="Input", metavar="GLOB", help="Entries of RUN to consider; may contain '/'."
 )
 @click.option(
     "--steps",
     cls=Option,
     group="Input",
     metavar="A:B[:C]",
-    help="Only steps A to B; with C, where C divides step - A.",
+    help="Only steps A to B, both included; with C only A, A + C, A + 2C and so on.",
 )
 @click.option(
     "--step-from",
     cls=Option,
     group="Input",
     metavar="REGEX",
-    help="The step in a name: the first group.",
+    help="How a name tells the step: the first group is it.",
 )
 @options.key_option
 @click.option(
@@ -86,6 +89,7 @@ RESUME = "the same command goes on where this one stopped"
     cls=Option,
     group="Output",
     metavar="OUT",
+    shell_complete=completion.paths,
     help="Where the result goes; may hold {step} and {average}. Folders and prefixes need {step}.",
 )
 @click.option(
@@ -121,8 +125,8 @@ def watch(ctx: click.Context, /, **given: Any) -> int:
         result = api.watch(**arguments, on_event=out.progress, on_report=_Told(out).tell)
     except Exception:
         raise
-    except BaseException:
-        out.say(RESUME)
+    except BaseException as ended:
+        ended.__notes__ = [RESUME]  # whatever an update was about to say of itself
         raise
     finally:
         out.end_progress()
@@ -141,6 +145,8 @@ class _Told:
         """Tell one report."""
         getattr(self, f"_{type(report).__name__.lower()}")(report)
         self._out.flush()
+        if self._out.unread:
+            raise Unread
 
     def _looked(self, report: Looked) -> None:
         from ema_cli.cli import planview
@@ -167,7 +173,7 @@ class _Told:
         self._out.document(
             "applied",
             state=report.state,
-            checkpoints=[{"step": row.step, "path": row.path} for row in rows],
+            applied=applied(rows),
             read_bytes=report.read,
             seconds=report.seconds,
         )
@@ -185,13 +191,14 @@ class _Told:
     def _missed(self, report: Missed) -> None:
         path = printable(report.path)
         self._out.line(f"missed  step {report.step:,}  {path}: {report.reason}")
-        self._out.document("missed", step=report.step, path=report.path, reason=report.reason)
+        self._out.document("missed", path=report.path, step=report.step, reason=report.reason)
 
     def _dropped(self, report: Any) -> None:
         self._out.say(f"dropped: {report.reason}")
 
 
 def _end(out: Out, result: WatchResult) -> None:
+    from ema_cli import record
     from ema_cli.cli import planview
 
     reached = "" if result.step is None else f" up to step {result.step:,}"
@@ -208,12 +215,12 @@ def _end(out: Out, result: WatchResult) -> None:
         command="watch",
         state=result.state,
         ended=result.ended,
-        applied=[{"step": row.step, "path": row.path} for row in result.applied],
-        missed=[{"step": m.step, "path": m.path, "reason": m.reason} for m in result.missed],
+        applied=applied(result.applied),
+        missed=[{"path": m.path, "step": m.step, "reason": m.reason} for m in result.missed],
         step=result.step,
-        checkpoints=result.checkpoints,
+        checkpoint_count=result.checkpoints,
         outputs=[planview.output(written) for written in result.outputs],
         seconds=result.seconds,
-        unusable=[entry.path for entry in result.unusable],
+        passed_over=record.entries(result.unusable),
     )
     out.flush()

@@ -18,6 +18,7 @@ from ema_cli.errors import InputError, UsageError
 from ema_cli.formats import folders, foreign, hdf5, npz, safetensors, tensorflow, torch
 from ema_cli.formats.detection import detect, start_of
 from ema_cli.formats.known import Known
+from ema_cli.hints import near_path
 from ema_cli.tensors import Checkpoint, DType, Extent, Tensor
 from ema_cli.text import shorten, with_article
 
@@ -234,9 +235,11 @@ def _unreadable(path: str) -> InputError:
         found = f"{len(weights)} and no index" if weights else "none"
         return InputError(
             f"{shown}: expected a checkpoint folder with an index or exactly one file of weights, "
-            f"found {found}"
+            f"found {found}",
+            "average the checkpoints of a run with ema-avg run, or name one file of weights",
         )
     return InputError(
         f"{shown}: not a checkpoint: expected a safetensors, PyTorch, Keras or NumPy file, a "
-        "folder of one of them, or a TensorFlow prefix"
+        "folder of one of them, or a TensorFlow prefix",
+        near_path(path) if not os.path.lexists(path) else "",
     )

@@ -61,7 +61,8 @@ def refuse_disguise(path: str, start: bytes) -> None:
     for magic, title in _MAGIC:
         if start.startswith(magic) and start[8:9] != b"{":
             raise UnsupportedInput(
-                f"{shorten(path, 1000)}: expected a safetensors file, found {title}"
+                f"{shorten(path, 1000)}: expected a safetensors file, found {title}",
+                "give the file the suffix of what it is, such as .pt, .npz or .h5",
             )
 
 

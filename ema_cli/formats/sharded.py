@@ -21,6 +21,7 @@ from ema_cli.files import read_small
 from ema_cli.formats.known import Known
 from ema_cli.formats.scanning import Repeated, unique
 from ema_cli.formats.sidefiles import copied_side_files
+from ema_cli.hints import PERMISSION
 from ema_cli.tensors import Checkpoint, Extent, Index, Tensor
 from ema_cli.text import shorten
 
@@ -68,7 +69,9 @@ class Shards:
             names = sorted(os.listdir(folder))
         except OSError as error:
             reason = os.strerror(error.errno or 0)
-            raise InputError(f"{shorten(folder, 1000)}: cannot list: {reason}") from error
+            raise InputError(
+                f"{shorten(folder, 1000)}: cannot list: {reason}", PERMISSION
+            ) from error
         visible = [name for name in names if not name.startswith((".", *self.beside))]
         indexes = [name for name in visible if name.endswith(self.index_suffix)]
         return indexes, [name for name in visible if name.endswith(self.suffix)]
@@ -94,7 +97,7 @@ class Shards:
         found = f"{len(indexes)} indexes and {len(weights)} weights files"
         raise InputError(
             f"{shorten(path, 1000)}: expected one index or one weights file, found {found}",
-            "name the index file itself" if indexes else "",
+            "name the index file itself" if indexes else "name one of the files",
         )
 
     def _read_sharded(

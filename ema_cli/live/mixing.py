@@ -112,7 +112,7 @@ class Mixer:
         few = len(plan.run.checkpoints) < _FEW
         new = tuple(
             warning
-            for warning in warnings(plan)
+            for warning in warnings(plan, state=self._state.path, word="watch")
             if warning.code not in self._warned and not (few and warning.code in _PASSING)
         )
         read = updating.carry_out(self._state, update, self._executor, self._on_event)

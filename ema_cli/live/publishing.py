@@ -75,7 +75,8 @@ class Publisher:
     def _run(self, plan: Plan) -> RunResult:
         """Write one output; a file is replaced where its name stays and it is one of ours."""
         layout = plan.outcomes[0].layout
-        run = functools.partial(run_plan, plan, executor=self._executor, on_event=self._on_event)
+        tell = exporting.told_of(plan, self._on_event)
+        run = functools.partial(run_plan, plan, executor=self._executor, on_event=tell)
         stays = layout.kind == "file" and "{step}" not in (self._request.output or "")
         if self._overwrite or not stays:
             return run(overwrite=self._overwrite)

@@ -64,7 +64,13 @@ class Published:
 
 @dataclass(frozen=True, eq=False)
 class Missed:
-    """A checkpoint that will not be averaged, and why."""
+    """A checkpoint that will not be averaged.
+
+    Attributes:
+        step: its training step.
+        path: where it was.
+        reason: why.
+    """
 
     step: int
     path: str
@@ -73,7 +79,11 @@ class Missed:
 
 @dataclass(frozen=True, eq=False)
 class Dropped:
-    """An update was dropped, and why; the state is what it was before."""
+    """An update was dropped; the state is what it was before.
+
+    Attributes:
+        reason: why.
+    """
 
     reason: str
 

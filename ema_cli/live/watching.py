@@ -15,8 +15,8 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TypeVar
 
+from ema_cli import hints, updating
 from ema_cli import plan as planning
-from ema_cli import updating
 from ema_cli.errors import UsageError
 from ema_cli.live import pinning
 from ema_cli.live.mixing import Mixer
@@ -31,7 +31,7 @@ from ema_cli.states import commit, settings
 from ema_cli.states.commit import OpenState
 from ema_cli.states.records import Row, files_of
 from ema_cli.tensors import Checkpoint
-from ema_cli.text import shorten
+from ema_cli.text import command, shorten
 
 SHORTEST_INTERVAL = 0.1
 
@@ -91,19 +91,32 @@ def _check(request: Request, rhythm: Rhythm) -> None:
     planning.check_output(request)
     interval, idle = rhythm.interval, rhythm.idle_timeout
     if not SHORTEST_INTERVAL <= interval < float("inf"):
-        raise UsageError(f"--interval: expected at least {SHORTEST_INTERVAL} s, found {interval}")
+        raise UsageError(
+            f"--interval: expected at least {SHORTEST_INTERVAL} s, found {interval}",
+            "leave out --interval, or give the seconds between two looks",
+        )
     if idle is not None and not 0 <= idle < float("inf"):
-        raise UsageError(f"--idle-timeout: expected seconds from 0, found {idle}")
+        raise UsageError(
+            f"--idle-timeout: expected seconds from 0, found {idle}",
+            "leave out --idle-timeout to follow the run until you stop it",
+        )
     if rhythm.every < 1:
-        raise UsageError(f"--every: expected at least 1, found {rhythm.every}")
+        raise UsageError(
+            f"--every: expected at least 1, found {rhythm.every}",
+            "--every 1 writes the output after every checkpoint",
+        )
     if rhythm.every > 1 and request.output is None:
-        raise UsageError("--every: expected -o OUT: what shall be written")
+        raise UsageError("--every: expected -o OUT: what shall be written", hints.OUTPUT)
     if len(request.paths) != 1:
-        raise UsageError("expected one directory, that of a training run")
+        raise UsageError(
+            f"RUN: expected one directory, that of a training run, found {len(request.paths)}",
+            "average checkpoints that you name with ema-avg run",
+        )
     root = request.paths[0]
     if os.path.lexists(root) and not os.path.isdir(root):
         raise UsageError(
-            f"{shorten(root, 1000)}: expected the directory of a training run, found a file"
+            f"{shorten(root, 1000)}: expected the directory of a training run, found a file",
+            f"{command('ema-avg', 'watch', os.path.dirname(root) or '.')} --state DIR",
         )
 
 

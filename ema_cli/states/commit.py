@@ -24,7 +24,7 @@ from ema_cli.states.store import State, damage_told, root_bytes
 from ema_cli.text import shorten
 
 
-class Claim(NamedTuple):
+class ClaimedSlot(NamedTuple):
     """A slot that is being written: its number, its path, and the descriptor that locks it."""
 
     number: int
@@ -53,7 +53,7 @@ class OpenState(State):
         places.replace(self.path, places.PLAN, data)
         self._begun = crc32c(data)
 
-    def claim(self, slot: Slot, taken: int | None = None) -> Claim:
+    def claim(self, slot: Slot, taken: int | None = None) -> ClaimedSlot:
         """Return a slot that nobody reads, of the right size and with its head written.
 
         It keeps the bytes that a killed process wrote there, if it has this layout; else it is a
@@ -67,10 +67,10 @@ class OpenState(State):
             path = self.place(places.slot_name(number))
             fd = self._claimed(path, slot)
             if fd is not None:
-                return Claim(number, path, locks.hold(fd))
+                return ClaimedSlot(number, path, locks.hold(fd))
         number = next(n for n in range(len(numbers) + 1) if n not in numbers)
         path = self.place(places.slot_name(number))
-        return Claim(number, path, locks.hold(self._made(path, slot)))
+        return ClaimedSlot(number, path, locks.hold(self._made(path, slot)))
 
     def _claimed(self, path: str, slot: Slot) -> int | None:
         """Return the locked spare slot, or None where somebody reads it or it has another size."""
@@ -120,7 +120,7 @@ class OpenState(State):
 
     def commit(
         self,
-        claim: Claim,
+        claim: ClaimedSlot,
         manifest: Manifest,
         rows: Sequence[Row],
     ) -> None:
@@ -137,7 +137,7 @@ class OpenState(State):
             raise
         self.clean()
 
-    def _commit(self, claim: Claim, manifest: Manifest, rows: Sequence[Row]) -> None:
+    def _commit(self, claim: ClaimedSlot, manifest: Manifest, rows: Sequence[Row]) -> None:
         durable.sync(claim.fd, claim.path)
         self._check_alone()
         ledger = self._append(rows)

@@ -7,7 +7,7 @@ import os
 import re
 import stat
 
-from ema_cli import durable
+from ema_cli import durable, hints
 from ema_cli.errors import (
     DamagedState,
     InputError,
@@ -16,7 +16,7 @@ from ema_cli.errors import (
     storage_errors,
 )
 from ema_cli.files import read_at, read_small
-from ema_cli.text import shorten
+from ema_cli.text import command, shorten
 
 FORMAT, LOCK, PLAN, ROOT, LEDGER, PROGRESS, PINS = (
     "FORMAT",
@@ -112,7 +112,8 @@ def prepare(path: str) -> None:
         except FileExistsError:
             if not stat.S_ISDIR(os.stat(path).st_mode):
                 raise OutputExists(
-                    f"{shorten(path, 1000)}: expected a directory for the state, found a file"
+                    f"{shorten(path, 1000)}: expected a directory for the state, found a file",
+                    hints.STATE,
                 ) from None
         found = set(os.listdir(path))
         if ROOT not in found:  # it may have been made by a process that got no further
@@ -125,8 +126,13 @@ def prepare(path: str) -> None:
         raise OutputExists(
             f"{shorten(path, 1000)}: expected a state or an empty directory, found "
             f"'{shorten(foreign[0])}'",
-            "give a directory of its own: --state DIR",
+            hints.STATE,
         )
+
+
+def _begin(path: str) -> str:
+    begin = f"{command('ema-avg', 'run', 'RUN', '--state', path)} begins one"
+    return begin if os.path.exists(path) else hints.near_path(path, begin)
 
 
 def check_format(path: str, *, create: bool) -> None:
@@ -136,7 +142,7 @@ def check_format(path: str, *, create: bool) -> None:
         if create:
             replace(path, FORMAT, VERSION_LINE)
             return
-        raise InputError(f"{shorten(path, 1000)}: no state: expected a file {FORMAT}")
+        raise InputError(f"{shorten(path, 1000)}: no state: expected a file {FORMAT}", _begin(path))
     found = read_small(where, ROOT_LIMIT)
     if found != VERSION_LINE:
         raise UnsupportedInput(

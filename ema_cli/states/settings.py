@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ema_cli import asked
+from ema_cli import asked, hints
 from ema_cli.averages import Average, Ema, LearningRate, Weights
 from ema_cli.errors import DamagedState, EmaError, OtherSettings, UsageError
 from ema_cli.invocation import choice_words, setting_words
@@ -67,7 +67,7 @@ def check_same(binding: Binding, request: Request, path: str, word: str = "run")
     if not isinstance(words, tuple):
         raise OtherSettings(
             f"{shorten(path, 1000)}: made by ExponentialMovingAverage, which alone continues it",
-            "give the run a state of its own: --state DIR",
+            hints.STATE,
         )
     wanted = setting_words(request)
     mine, given = _grouped(words), _grouped(wanted)

@@ -23,7 +23,7 @@ from ema_cli.files import stamp_of
 from ema_cli.kernel import Array
 from ema_cli.states import commit, locks, slots
 from ema_cli.states.binding import CLASS, Binding
-from ema_cli.states.commit import Claim, OpenState
+from ema_cli.states.commit import ClaimedSlot, OpenState
 from ema_cli.states.records import Held, Manifest, Row
 from ema_cli.states.slots import Slot
 from ema_cli.tensors import Checkpoint, numpy_dtype
@@ -157,7 +157,7 @@ class SlotWriter:
         self._number = current
         self._places = dict(zip((h.name for h in slot.held), slot.extents, strict=True))
         self._chunks = Chunks(lambda file: slot.nbytes)
-        self.claim = Claim(-1, "", -1)
+        self.claim = ClaimedSlot(-1, "", -1)
 
     def __enter__(self) -> SlotWriter:
         self.claim = self._state.claim(self.slot, self._number)

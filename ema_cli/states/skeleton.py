@@ -29,6 +29,7 @@ from ema_cli.errors import (
 from ema_cli.files import check_unchanged, open_unchanged, page_buffer, read_exact, stamp, stamp_of
 from ema_cli.formats import FORMATS
 from ema_cli.formats.sidefiles import side_files
+from ema_cli.hints import PERMISSION
 from ema_cli.states.kept import Kept, Skeleton, Span, Wrong, check, is_bare
 from ema_cli.tensors import Checkpoint, Role, Stamp, Tensor
 from ema_cli.text import shorten
@@ -130,7 +131,7 @@ def _side_files(folder: str) -> list[str]:
         return side_files(folder or ".")
     except OSError as error:
         reason = os.strerror(error.errno or 0)
-        raise InputError(f"{shorten(folder, 1000)}: cannot list: {reason}") from error
+        raise InputError(f"{shorten(folder, 1000)}: cannot list: {reason}", PERMISSION) from error
 
 
 def _kept_pieces(

@@ -165,7 +165,9 @@ def reading(path: str) -> Iterator[State]:
         finally:
             if fd >= 0:
                 os.close(fd)
-    raise StorageError(f"{shorten(path, 1000)}: changes faster than it can be opened")
+    raise StorageError(
+        f"{shorten(path, 1000)}: changes faster than it can be opened", "give the command again"
+    )
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -114,21 +115,29 @@ def _weights(state: State, request: Request) -> tuple[tuple[float, ...], ...]:
     return tuple(weights)
 
 
-def check(path: str, executor: Executor) -> StateSummary:
+def check(
+    path: str, executor: Executor, on_summed: Callable[[int, int], None] | None = None
+) -> StateSummary:
     """Verify every checksum of the state at `path`, its ledger and its plan; reads all of it.
+
+    `on_summed` is told how many bytes are read, of how many in all.
 
     Raises `DamagedState` or `DamagedFile` for the first thing that is not what was written.
     """
     with store.reading(path) as state:
         found = _summary(state)
-        _check_slot(state, executor)
+        _check_slot(state, executor, on_summed or _ignore)
         current = state.current
         if current is not None and current.manifest.skeleton is not None:
             skeleton.read(current.manifest.skeleton, state.skeleton_directory())
         return found
 
 
-def _check_slot(state: State, executor: Executor) -> None:
+def _ignore(n_bytes: int, total: int) -> None:
+    del n_bytes, total
+
+
+def _check_slot(state: State, executor: Executor, on_summed: Callable[[int, int], None]) -> None:
     current = state.current
     assert current is not None  # noqa: S101
     slot, where = current.slot, state.slot_stamp().path
@@ -136,8 +145,12 @@ def _check_slot(state: State, executor: Executor) -> None:
     starts = [0, *ends[:-1]]
     chunks = [(start, end - start) for start, end in zip(starts, ends, strict=True)]
     cut = provenance.cuts(slot.nbytes, chunks)
+    on_summed(0, slot.nbytes)
     futures = [executor.submit(provenance.checksums, where, part) for part in cut]
-    crcs = [crc for future in futures for crc in future.result()]
+    crcs: list[int] = []
+    for future, part in zip(futures, cut, strict=True):
+        crcs += future.result()
+        on_summed(part[-1], slot.nbytes)
     for k, (crc, expected) in enumerate(zip(crcs, current.manifest.checksums, strict=True)):
         if crc != expected:
             raise DamagedState(

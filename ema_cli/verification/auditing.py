@@ -16,9 +16,9 @@ from ema_cli.executing import executor_of
 from ema_cli.states.directory import is_state
 from ema_cli.states.summary import StateSummary
 from ema_cli.states.summary import check as check_state
-from ema_cli.text import shorten
+from ema_cli.text import plural, shorten
 from ema_cli.verification import checking, comparing, summing
-from ema_cli.verification.checking import Stretches, Summed
+from ema_cli.verification.checking import Summed, Unsummed
 from ema_cli.verification.claims import Output, opened
 from ema_cli.verification.recomputing import Again, NotRecomputed, again
 
@@ -73,14 +73,18 @@ def verify(
         executor: any `concurrent.futures.Executor`; threads when None.
         on_event: called with `Progress` events.
 
-    Raises `InputError` when the output or the state is damaged, or is not what its sources give.
+    Returns:
+        How much was compared; of a state, what it holds.
+
+    Raises:
+        InputError: the output or the state is damaged, or is not what its sources give.
     """
     share = 1.0 if full else parse_share(sample)
     check_workers(workers)
     workers = workers or machine.default_workers()
     if is_state(os.fspath(path)):
         with executor_of(executor, workers) as pool:
-            return check_state(os.fspath(path), pool)
+            return check_state(os.fspath(path), pool, _summed(on_event))
     output = opened(os.fspath(path), key or "")
     made, reason = _again(output, key or "", workers)
     total = comparing.total_blocks(made.work) if made else 0
@@ -88,11 +92,13 @@ def verify(
     stored, kept = summing.stored(output), summing.kept(output)
     meter = _Meter(on_event, sum(task.ends[-1] - task.ends[0] for task in (*stored, *kept)))
     meter.total += made.nbytes * len(chosen) // max(total, 1) if made else 0
+    meter.add(0)
     with executor_of(executor, workers) as pool:
         summing.check_stored(output, _sums(stored, pool, workers, meter))
         summing.check_kept(output, _sums(kept, pool, workers, meter))
         summing.unpack(output)
         if made is not None:
+            meter.what = f"recomputing {plural(len(chosen), 'block')}"
             reason = _compare(made, chosen, total, pool, meter)
     files.check_all_unchanged(output.files)
     return Verified(
@@ -117,6 +123,13 @@ def parse_share(text: str) -> float:
     return float(match[1]) / 100
 
 
+def _summed(on_event: Callable[[Progress], None] | None) -> Callable[[int, int], None] | None:
+    """Return what tells how many bytes of a state are verified."""
+    if on_event is None:
+        return None
+    return lambda n_bytes, total: on_event(Progress(n_bytes, total, what="checksums"))
+
+
 class _Meter:
     """Tells how many bytes are verified, of how many in all."""
 
@@ -124,16 +137,17 @@ class _Meter:
         self._on_event = on_event
         self._done = 0
         self.total = total
+        self.what = "checksums"
 
     def add(self, n_bytes: int) -> None:
         """Count bytes in."""
         self._done += n_bytes
         if self._on_event is not None:
-            self._on_event(Progress(self._done, self.total))
+            self._on_event(Progress(self._done, self.total, what=self.what))
 
 
 def _sums(
-    tasks: Sequence[Stretches], executor: Executor, workers: int, meter: _Meter
+    tasks: Sequence[Unsummed], executor: Executor, workers: int, meter: _Meter
 ) -> Iterator[Summed]:
     """Yield the checksums of stretches of files as they come."""
     work = enumerate(tasks)

@@ -49,7 +49,7 @@ class Compared(NamedTuple):
     difference: Difference | None = None
 
 
-class Stretches(NamedTuple):
+class Unsummed(NamedTuple):
     """Stretches of a file that are to be summed, each between neighbouring `ends`."""
 
     file: int
@@ -61,11 +61,11 @@ class Stretches(NamedTuple):
 class Summed(NamedTuple):
     """The checksum of each of some stretches."""
 
-    task: Stretches
+    task: Unsummed
     crcs: list[int]
 
 
-def checksums(task: Stretches) -> Summed:
+def checksums(task: Unsummed) -> Summed:
     """Return the checksums of some stretches of a file."""
     return Summed(task, provenance.checksums(task.path, task.ends, task.kind))
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from ema_cli import files, provenance
 from ema_cli.errors import DamagedFile, InputError
 from ema_cli.formats import FORMATS, detect, read, tensorflow
+from ema_cli.hints import near_path
 from ema_cli.tensors import Checkpoint, Stamp
 from ema_cli.text import shorten
 
@@ -77,7 +78,7 @@ def opened(path: str, key: str) -> Output:
     if document is not None:
         return _claimed(path, document, key)
     if not os.path.lexists(path) and tensorflow.prefix_of(path) is None:
-        raise InputError(f"{shorten(path, 1000)}: no such file or directory")
+        raise InputError(f"{shorten(path, 1000)}: no such file or directory", near_path(path))
     checkpoint = read(path, {}, key)
     if checkpoint.path.rstrip("/") != path:  # a file of it was named, or the folder it lies in
         document = _document(checkpoint.path)
@@ -140,7 +141,7 @@ def _claims(document: Mapping[str, Any], where: str) -> list[Claim]:
     if not isinstance(rows, list) or not rows or not all(_is_claim(row, copied) for row in rows):
         raise DamagedFile(where, "no provenance: it tells of no files and their checksums")
     return [
-        Claim(row["name"], row["size"], tuple(int(crc, 16) for crc in row["crc32c"]))
+        Claim(row["name"], row["bytes"], tuple(int(crc, 16) for crc in row["crc32c"]))
         for row in rows
     ]
 
@@ -148,7 +149,7 @@ def _claims(document: Mapping[str, Any], where: str) -> list[Claim]:
 def _is_claim(row: object, copied: bool) -> bool:
     if not isinstance(row, dict):
         return False
-    name, n_bytes, crcs = row.get("name"), row.get("size"), row.get("crc32c")
+    name, n_bytes, crcs = row.get("name"), row.get("bytes"), row.get("crc32c")
     if type(name) is not str or type(n_bytes) is not int or not isinstance(crcs, list):
         return False
     if "/" in name or "\0" in name or name in (".", "..") or not 0 <= n_bytes < 1 << 63:

@@ -147,7 +147,7 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         shown = shorten(row["path"], 1000)
         files = zip(_list(was.get("files")), row["files"], strict=False)
         for mine, file in ((mine, file) for mine, file in files if isinstance(mine, dict)):
-            for field, word in (("size", "size"), ("header", "header"), ("mtime_ns", "time")):
+            for field, word in (("bytes", "size"), ("header", "header"), ("mtime_ns", "time")):
                 if mine.get(field) != file[field]:
                     where = shorten(file["path"], 1000) or shown
                     return f"{where}: changed since: its {word} is not the one recorded"
@@ -300,7 +300,7 @@ def _check_source(document: Mapping[str, Any], source: Checkpoint) -> None:
     """Raise `NotRecomputed` when the source of a copy is another by name, size or time."""
     files = document["inputs"][0].get("files")
     recorded = [
-        (row["path"].rpartition("/")[2], row.get("size"), row.get("mtime_ns"))
+        (row["path"].rpartition("/")[2], row.get("bytes"), row.get("mtime_ns"))
         for row in _list(files)
         if isinstance(row, dict) and isinstance(row.get("path"), str)
     ]

@@ -12,7 +12,7 @@ from ema_cli.errors import DamagedFile
 from ema_cli.formats import FORMATS
 from ema_cli.tensors import Extent
 from ema_cli.text import shorten
-from ema_cli.verification.checking import Stretches, Summed
+from ema_cli.verification.checking import Summed, Unsummed
 from ema_cli.verification.claims import DamagedOutput, Output
 from ema_cli.verifying import check_sums
 
@@ -25,10 +25,10 @@ def is_unclaimed(output: Output) -> bool:
     return not output.claims or any(c.nbytes and not c.crcs for c in output.claims)
 
 
-def stored(output: Output) -> list[Stretches]:
+def stored(output: Output) -> list[Unsummed]:
     """Return the stretches of which the provenance has checksums."""
     return [
-        Stretches(file, stamp.path, (ends[0], ends[-1]))
+        Unsummed(file, stamp.path, (ends[0], ends[-1]))
         for file, (stamp, claim) in enumerate(zip(output.files, output.claims, strict=False))
         for ends in (provenance.cuts(claim.nbytes) if claim.crcs else ())
     ]
@@ -50,7 +50,7 @@ def check_stored(output: Output, found: Iterable[Summed]) -> None:
             raise DamagedFile(output.provenance, "its fingerprint is not that of this output")
 
 
-def kept(output: Output) -> list[Stretches]:
+def kept(output: Output) -> list[Unsummed]:
     """Return the stretches that show the checksums the checkpoint itself keeps, if it must."""
     checkpoint = output.checkpoint
     if not is_unclaimed(output) or checkpoint.checksums is None:
@@ -59,7 +59,7 @@ def kept(output: Output) -> list[Stretches]:
     for extent in _summed_extents(output):
         wanted[extent.file].append(extent[1:])
     return [
-        Stretches(file, checkpoint.files[file].path, tuple(ends), checkpoint.index.checksum)
+        Unsummed(file, checkpoint.files[file].path, tuple(ends), checkpoint.index.checksum)
         for file, extents in wanted.items()
         for ends in provenance.cuts(checkpoint.files[file].size, extents)
     ]
@@ -75,7 +75,7 @@ def _summed_extents(output: Output) -> list[Extent]:
 def check_kept(output: Output, found: Iterable[Summed]) -> None:
     """Raise `DamagedOutput` where the checkpoint's own checksums are not those of its bytes."""
     checkpoint, index = output.checkpoint, output.checkpoint.index
-    parts: dict[int, dict[int, tuple[Stretches, list[int]]]] = defaultdict(dict)
+    parts: dict[int, dict[int, tuple[Unsummed, list[int]]]] = defaultdict(dict)
     for one in found:
         parts[one.task.file][one.task.ends[0]] = one.task, one.crcs
     if not parts or checkpoint.checksums is None:
@@ -111,7 +111,7 @@ def unpack(output: Output) -> None:
             pass
 
 
-def _joined(rows: Mapping[int, tuple[Stretches, list[int]]]) -> provenance.Stretches:
+def _joined(rows: Mapping[int, tuple[Unsummed, list[int]]]) -> provenance.Stretches:
     """Return the checksums of all stretches of a file."""
     ordered = [rows[start] for start in sorted(rows)]
     edges = [end for task, _ in ordered for end in task.ends[:-1]] + [ordered[-1][0].ends[-1]]

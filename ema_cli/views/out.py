@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 from ema_cli.errors import EmaError
-from ema_cli.views.meter import Meter
+from ema_cli.views.meter import ERASE, Meter
+from ema_cli.views.screens import Screen, screen_of
 from ema_cli.views.tables import Cell, write_table
 
 if TYPE_CHECKING:
@@ -27,7 +29,13 @@ class Out:
         quiet: errors only on stderr.
         verbose: also what is usually not worth a line.
         color: styles are allowed (never needed to understand).
+
+    Who stops reading stdout does not end what was asked for: `unread` says that they did. What
+    cannot be said on stderr is not said.
     """
+
+    # Of the command that runs: whom a signal is told.
+    current: ClassVar[Out | None] = None
 
     def __init__(
         self,
@@ -44,7 +52,12 @@ class Out:
         self._stderr: TextIO = sys.stderr
         plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
         self._color = color and not plain
-        self._progress = Meter(self._stderr)
+        self.unread = False
+        self._working = False
+        self._live = os.environ.get("TERM") != "dumb" and self._stderr.isatty()
+        live = self._live and not as_json
+        self._progress = Meter(self._stderr, live=live, color=self._color, write=self._talk)
+        Out.current = self
 
     # ------------------------------------------------------------------ stdout
 
@@ -52,21 +65,52 @@ class Out:
         """Write one line of data, unless JSON was asked for."""
         self.end_progress()
         if not self.as_json:
-            self._stdout.write(text + "\n")
+            with self._read():
+                self._stdout.write(text + "\n")
 
-    def document(self, kind: str, **fields: Any) -> None:
+    def document(self, kind: str, /, **fields: Any) -> None:
         """Write one JSON line, if JSON was asked for."""
         self.end_progress()
         if self.as_json:
             document = _finite({"type": kind, "schema": SCHEMA, **fields})
-            text = json.dumps(document, allow_nan=False, default=str)
-            self._stdout.write(text + "\n")
+            text = json.dumps(document, allow_nan=False)
+            with self._read():
+                self._stdout.write(text + "\n")
+                self._stdout.flush()  # who follows a long work reads it now, and never half of it
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:
         """Write a table, unless JSON was asked for."""
         self.end_progress()
         if not self.as_json:
-            write_table(self._stdout, columns, rows, color=self._color)
+            with self._read():
+                write_table(self._stdout, columns, rows, color=self._color)
+
+    def flush(self) -> None:
+        """Write out what is buffered."""
+        self.end_progress()
+        with self._read():
+            self._stdout.flush()
+
+    @contextlib.contextmanager
+    def _read(self) -> Iterator[None]:
+        """Write data, unless those who read it have gone; from then on it goes nowhere."""
+        try:
+            yield
+        except BrokenPipeError:
+            self.unread = True
+            silence(self._stdout)
+
+    def screen(self, *, talk: bool = False) -> Screen | None:
+        """Return the terminal that may be drawn on, or None: pictures are for people.
+
+        `talk`: on stderr, beside data that goes to stdout.
+        """
+        if self.as_json or (talk and self.quiet):
+            return None
+        self.end_progress()
+        if talk:
+            return screen_of(self._stderr, self._talk, color=self._color)
+        return screen_of(self._stdout, self._stdout.write, color=self._color)
 
     # ------------------------------------------------------------------ stderr
 
@@ -74,7 +118,7 @@ class Out:
         """Write a line of talk."""
         self.end_progress()
         if not self.quiet:
-            self._stderr.write(text + "\n")
+            self._talk(text + "\n")
 
     def detail(self, text: str) -> None:
         """Write a line of talk that only ``-v`` asks for."""
@@ -83,45 +127,65 @@ class Out:
 
     def warning(self, code: str, message: str, hint: str) -> None:
         """Write a warning with its stable code, and its hint apart."""
-        self.document("warning", code=code, message=message, hint=hint)
+        self.document("warning", warning=code, message=message, hint=hint)
         if not self.quiet:
-            self._stderr.write(f"warning: {message} [{code}]\n")
+            self._talk(f"warning: {message} [{code}]\n")
             self._hint(hint)
 
     def error(self, error: EmaError) -> None:
         """Write an error: what and where, then a blank line and the hint."""
-        self.document(
+        self.end_progress()
+        self._talk(f"ema-avg: error: {error.message}\n")
+        if error.hint:
+            self._talk("\n")
+            self._hint(error.hint)
+        self.document(  # last: it may be stdout that cannot be written
             "error",
             code=error.exit_code,
             error=type(error).__name__,
             message=error.message,
             hint=error.hint,
         )
-        self._stderr.write(f"ema-avg: error: {error.message}\n")
-        if error.hint:
-            self._stderr.write("\n")
-            self._hint(error.hint)
 
     def _hint(self, hint: str) -> None:
         for number, text in enumerate(hint.splitlines()):
-            self._stderr.write(f"{'hint: ' if number == 0 else '      '}{text}\n")
+            self._talk(f"{'hint: ' if number == 0 else '      '}{text}\n")
+
+    def _talk(self, text: str) -> None:
+        """Write to stderr; that it cannot be written is no reason to end."""
+        with contextlib.suppress(OSError, ValueError):
+            self._stderr.write(text)
+            self._stderr.flush()
 
     def progress(self, event: Progress) -> None:
-        """Show how far a run is: one changing line, on a terminal that can change it."""
+        """Show how far the work is: one changing line on a terminal, a line per tenth elsewhere."""
         if event.note:
             self.say(event.note)
-        dumb = os.environ.get("TERM") == "dumb"
-        if not self.quiet and not self.as_json and not dumb and self._stderr.isatty():
+        self._working = event.read < event.total
+        if not self.quiet:
             self._progress.show(event)
+
+    def interrupted(self, text: str) -> None:
+        """Say at once what a signal does to the work, if there is any; for handlers of signals.
+
+        On a terminal the line goes first, with the key that was pressed on it.
+        """
+        line = ERASE if self._live else ""
+        line += f"{text}\n" if self._working and not self.quiet else ""
+        with contextlib.suppress(OSError, ValueError):  # past the stream, which may be in use
+            os.write(self._stderr.fileno(), line.encode("ascii", "backslashreplace"))
 
     def end_progress(self) -> None:
         """Take the progress line away; whatever is written next stands on a line of its own."""
         self._progress.clear()
 
-    def flush(self) -> None:
-        """Write out what is buffered; raises `BrokenPipeError` when nobody reads."""
-        self.end_progress()
-        self._stdout.flush()
+
+def silence(stream: TextIO) -> None:
+    """Let what is written to a stream go nowhere, at the interpreter's end too."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 def _finite(value: Any) -> Any:

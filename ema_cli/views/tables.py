@@ -18,22 +18,54 @@ def write_table(
     Names are printed whole, with control characters escaped, never interpreted as markup.
     """
     cells = [[_shown(cell) for cell in row] for row in rows]
-    if not stream.isatty():
+    if stream.isatty():
+        stream.write(table_text(stream, columns, cells, color=color))
+    else:
         stream.writelines("\t".join(row) + "\n" for row in [list(columns), *cells])
-        return
+
+
+def table_text(
+    stream: TextIO,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Cell]],
+    *,
+    color: bool,
+    width: int | None = None,
+    first: int | None = None,
+    blocks: bool = True,
+) -> str:
+    """Return a table as the terminal `stream` leads to shows it.
+
+    Args:
+        stream: the terminal.
+        columns: titles, which may hold line breaks.
+        rows: the cells; what does not fit is folded.
+        color: styles are allowed.
+        width: of the terminal, where it is known.
+        first: how wide the first column may be.
+        blocks: what is not ASCII may be used for lines.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    numeric = [_numeric(row[k] for row in cells) for k in range(len(columns))]
-    for title, is_number in zip(columns, numeric, strict=True):
-        justify: Any = "right" if is_number else "left"
-        table.add_column(Text(title), justify=justify, overflow="fold")
+    cells = [[_shown(cell) for cell in row] for row in rows]
+    lines = box.SIMPLE_HEAD if blocks else box.Box(str(box.SIMPLE_HEAD).replace("─", "-"))
+    table = Table(box=lines, pad_edge=False, show_edge=False)
+    for k, title in enumerate(columns):
+        justify: Any = "right" if _numeric(row[k] for row in cells) else "left"
+        limit = first if k == 0 else None
+        table.add_column(Text(title), justify=justify, overflow="fold", max_width=limit)
     for row in cells:
         table.add_row(*(Text(cell) for cell in row))
-    Console(file=stream, no_color=not color, highlight=False, soft_wrap=False).print(table)
+    styles: Any = "auto" if color else None
+    console = Console(
+        file=stream, color_system=styles, highlight=False, soft_wrap=False, width=width
+    )
+    with console.capture() as shown:
+        console.print(table)
+    return shown.get()
 
 
 def _shown(cell: Cell) -> str:

@@ -243,7 +243,7 @@ def test_a_flipped_bit_is_told_where_there_are_checksums(row: str, tmp_path: Pat
             assert conformance.listing(out.parent) == []
         else:
             ema_cli.average_run(paths, out, average=["mean"], names="variable")
-            differing = [found.tensor for found in ema_cli.diff(out, sound)]
+            differing = [found.tensor for found in ema_cli.diff(out, sound).differences]
             assert differing == [name]
         conformance.flip(file, offset)
         shutil.rmtree(out.parent)

@@ -58,6 +58,7 @@ def test_what_run_says() -> None:
     assert told(cmd("run", "run", *STATE, "-o", "out-{step}.safetensors")) == (
         "applied  1 checkpoint  step 3,000  S\nwritten  316 bytes  out-3000.safetensors\n",
         "ema-0.5: 3 checkpoints averaged, weights 25.0 % (step 100) to 50.0 % (step 3,000)\n"
+        "  effective number of checkpoints 2.7, mean age 1,425 steps\n"
         "  2 tensors averaged, 1 copied, 0 left out\n"
         "  check it: ema-avg map out-3000.safetensors\n"
         "3 checkpoints averaged up to step 3,000; read 4.1 KiB in T s\n",
@@ -82,11 +83,11 @@ def test_run_in_json() -> None:
             {"step": 200, "path": "run/model-200.safetensors"},
         ],
         "step": 200,
-        "checkpoints": 2,
+        "checkpoint_count": 2,
         "outputs": [],
         "read_bytes": 144,
-        "unusable": [],
         "passed_over": [],
+        "notes": [],
     }
     again = result(cmd("run", "run", *STATE, "--json", "-o", "x.npz"))
     assert {k: v for k, v in again.items() if first[k] != v} == {
@@ -274,9 +275,11 @@ def test_what_export_says() -> None:
     assert done.out == f"written  {size} bytes  a-200.npz\nwritten  {size} bytes  b-200.npz\n"
     assert done.err.splitlines() == [
         "a: 2 checkpoints averaged, weights 50.0 % (step 100) to 50.0 % (step 200)",
+        "  effective number of checkpoints 2.0, mean age 50 steps",
         "  2 tensors averaged, 1 copied, 0 left out",
         "  load it: numpy.load('a-200.npz')",
         "b: 2 checkpoints averaged, weights 25.0 % (step 100) to 75.0 % (step 200)",
+        "  effective number of checkpoints 1.6, mean age 25 steps",
         "  2 tensors averaged, 1 copied, 0 left out",
         "  load it: numpy.load('b-200.npz')",
     ]

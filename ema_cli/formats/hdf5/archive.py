@@ -31,7 +31,7 @@ from ema_cli.formats.zips import Archive, Member, NewMember
 from ema_cli.tensors import Checkpoint, Extent, Stamp, Tensor
 from ema_cli.text import shorten, size
 
-WEIGHTS, CONFIG, METADATA = "model.weights.h5", "config.json", "metadata.json"
+WEIGHTS, CONFIG = "model.weights.h5", "config.json"
 _OTHER_WEIGHTS = "model.weights.npz"
 # What else an archive holds (assets such as vocabularies) is carried over up to this size.
 _OTHERS_LIMIT = 64 << 20

@@ -29,7 +29,7 @@ PATIENCE_SECONDS = 600.0
 # Of computing: what a file of this size may take, ten times what good ones take.
 _LEAST_SECONDS, _LISTED_PER_SECOND, _LONGEST_LISTING = 0.5, 256 << 10, 240.0
 # And what it may take to hold, at least, at most, and for each byte of a file or for each object.
-_LEAST_MEMORY, _MOST_MEMORY, _PER_BYTE, _PER_OBJECT = 64 << 20, 1 << 30, 16, 4096
+_LEAST_MEMORY, _MOST_MEMORY, _PER_BYTE = 64 << 20, 1 << 30, 16
 _BYTES_PER_SECOND = 4 << 20
 _BUILT_PER_SECOND = 500
 # A new file holds what the library keeps of each object until all is written.

@@ -22,6 +22,7 @@ from ema_cli.formats.tensorflow import entries, ordered, places, roles, table
 from ema_cli.formats.tensorflow.entries import DTYPE_NAMES, Entry, Header
 from ema_cli.formats.tensorflow.places import NAME
 from ema_cli.formats.tensorflow.wire import Malformed, damaged
+from ema_cli.hints import near_path
 from ema_cli.tensors import DTYPES, NO_FILE, Checkpoint, DType, Extent, Index, Slice, Stamp, Tensor
 from ema_cli.text import shorten, size
 
@@ -70,7 +71,9 @@ def read(path: str, known: Known) -> Checkpoint:
     inside = places.prefix_in(path) if os.path.isdir(path) else None
     prefix = inside or places.prefix_of(path)
     if prefix is None:
-        raise InputError(f"{shorten(path, 1000)}: no TensorFlow checkpoint is called so")
+        raise InputError(
+            f"{shorten(path, 1000)}: no TensorFlow checkpoint is called so", near_path(path)
+        )
     index_path = prefix + places.SUFFIX
     index_stamp, raw = _read_index(index_path)
     index = _index(index_path, raw, known)

@@ -16,6 +16,7 @@ from ema_cli.files import open_input, read_at, read_exact, read_small
 from ema_cli.formats.tensorflow import statefile, table
 from ema_cli.formats.tensorflow.spans import Read
 from ema_cli.formats.tensorflow.wire import Malformed
+from ema_cli.hints import PERMISSION
 from ema_cli.text import shorten
 
 NAME = "tensorflow"
@@ -83,7 +84,7 @@ def prefixes(folder: str) -> list[str]:
         names = sorted(os.listdir(folder))
     except OSError as error:
         reason = os.strerror(error.errno or 0)
-        raise InputError(f"{shorten(folder, 1000)}: cannot list: {reason}") from error
+        raise InputError(f"{shorten(folder, 1000)}: cannot list: {reason}", PERMISSION) from error
     with_data = {match[1] for name in names if (match := _DATA.fullmatch(name))}
     stems = [name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX)]
     return [

@@ -16,7 +16,7 @@ from ema_cli.formats.torch.survey import Survey, everything, where
 from ema_cli.tensors import Checkpoint, DType, Extent, Tensor
 from ema_cli.text import encodable, shorten
 
-REFUSE, KEEP, DROP = "refuse", "keep", "drop"
+KEEP, DROP = "keep", "drop"
 
 _SHOWN = 5
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ema_cli import naming
+from ema_cli import hints, naming
 from ema_cli.errors import DamagedFile, Disagreement, InputError, UnsupportedInput, UsageError
 from ema_cli.formats.torch.nodes import Opaque, TensorRef
 from ema_cli.formats.torch.survey import Found, Link, Survey, is_tensor, module_state
@@ -80,7 +80,8 @@ def find(survey: Survey, key: str) -> tuple[str, ...]:
     if is_tensor(root) or not survey.links(root):
         found = "a single tensor" if is_tensor(root) else "no tensors"
         raise UnsupportedInput(
-            f"{shorten(survey.path, 1000)}: expected the tensors of a model, found {found}"
+            f"{shorten(survey.path, 1000)}: expected the tensors of a model, found {found}",
+            "save the model's state_dict, or leave the file out with --glob",
         )
     if key:
         return _keyed(survey, key)
@@ -132,9 +133,11 @@ def _keyed(survey: Survey, key: str) -> tuple[str, ...]:
         return ()
     found = _follow(survey, survey.root, key.strip("/"), set())
     if found is None:
+        near = hints.did_you_mean(key, [link.name for link in _holders(survey)])
+        near = f"{near}; " if near else ""
         raise UsageError(
             f"--key '{shorten(key)}': {shorten(survey.path, 1000)} holds no tensors there",
-            f"it holds {_listed(survey, _holders(survey))}",
+            f"{near}it holds {_listed(survey, _holders(survey))}",
         )
     return found
 
@@ -194,7 +197,9 @@ def _no_model(survey: Survey) -> InputError:
     return UnsupportedInput(
         f"{shorten(survey.path, 1000)}: expected a model, found only "
         + (_listed(survey, others) if others else "the state of an optimizer"),
-        f"average it nevertheless with {_option(others[0].name)}" if others else "",
+        f"average it nevertheless with {_option(others[0].name)}"
+        if others
+        else "save the model's state_dict, or leave the file out with --glob",
     )
 
 

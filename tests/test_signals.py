@@ -1,0 +1,340 @@
+"""Ctrl-C once and twice, SIGTERM, and streams that are closed, full or not read any more."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import Outcome, cmd, write_run
+from live import Training, child
+from terminal import Held, held, screen
+
+from ema_cli.cli import main, signals
+from ema_cli.cli.signals import Signals, Terminated
+from ema_cli.executing import executor_of
+
+FIRST = "interrupted: finishing what is running; Ctrl-C again stops at once"
+HINT = "hint: the same command continues; --restart starts over"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Three checkpoints of ten tasks."""
+    values = np.random.default_rng(3).normal(size=(3, 10000)).astype(np.float32)
+    return write_run(tmp_path / "run", [{"w": value} for value in values])
+
+
+@pytest.fixture
+def expected(run: Path, tmp_path: Path) -> bytes:
+    """What comes out of it."""
+    path = tmp_path / "expected.safetensors"
+    cmd("run", run, "-o", path, "--decay", "0.5")
+    return path.read_bytes()
+
+
+def words(run: Path, *more: str | Path) -> list[str | Path]:
+    """The command."""
+    out = run.parent / "place" / "out.safetensors"
+    return ["run", run, "-o", out, "--decay", "0.5", "--workers", "1", *more]
+
+
+def again(run: Path, *more: str | Path) -> tuple[Outcome, bytes]:
+    """Give the same command again; returns what it said and made."""
+    with held(run.parent, words(run, *more)) as command:
+        outcome = Outcome(*command.ended())
+    place = run.parent / "place"
+    assert {path.name for path in place.iterdir()} == {
+        "out.safetensors",
+        "out.safetensors.ema.json",
+    }
+    return outcome, (place / "out.safetensors").read_bytes()
+
+
+def left(run: Path) -> set[str]:
+    """What a command left beside its output."""
+    return {path.name for path in (run.parent / "place").iterdir()}
+
+
+@contextmanager
+def stuck(run: Path, *more: str | Path, columns: int = 0) -> Iterator[Held]:
+    """A run whose fourth task does not end."""
+    with held(run.parent, words(run, *more), nth=4, columns=columns) as command:
+        command.until_stuck()
+        yield command
+
+
+# ---------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_first_signal_finishes_what_is_running(
+    run: Path, expected: bytes, number: signal.Signals, code: int
+) -> None:
+    """It says so while the task still runs; what is done is recorded, the rest is for another."""
+    with stuck(run) as command:
+        command.process.send_signal(number)
+        assert command.process.stderr is not None
+        assert "finishing what is running" in _line(command, "finishing")
+        assert command.process.poll() is None
+        command.go()
+        found, out, err = command.ended()
+    assert (found, out) == (code, "")
+    assert err.splitlines()[-1] == HINT
+    assert "out.safetensors" not in left(run)
+    outcome, made = again(run)
+    # That which was handed over in the very moment too.
+    assert re.search(r"resuming: [45] of 10 ranges done", outcome.err)
+    assert made == expected
+
+
+def _line(command: Held, text: str) -> str:
+    """Return the next line on stderr that holds a text."""
+    assert command.process.stderr is not None
+    return next(line for line in command.process.stderr if text in line)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_second_signal_ends_it_at_once(
+    run: Path, expected: bytes, number: signal.Signals, code: int
+) -> None:
+    """Though the task never ends; nothing has a final name, and the same command does its work."""
+    with stuck(run) as command:
+        command.process.send_signal(number)
+        _line(command, "finishing")
+        time.sleep(signals.TOGETHER)
+        command.process.send_signal(number)
+        found, _, err = command.ended()
+    assert found == code
+    assert err == "stopped at once\n"
+    assert all(name.startswith(".") for name in left(run))
+    assert again(run)[1] == expected
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_ctrl_c_on_a_terminal(run: Path, expected: bytes, second: bool) -> None:
+    """The key itself: each line stands alone, no progress is left, the cursor is there."""
+    with stuck(run, columns=120) as command:
+        command.until("MB/s")
+        command.press(b"\x03")
+        command.until(FIRST)
+        if second:
+            time.sleep(signals.TOGETHER)
+            command.press(b"\x03")
+        else:
+            command.go()
+        code, _, err = command.ended()
+    assert code == 130
+    shown = [line for line in screen(err) if line]
+    shown = shown[shown.index(FIRST) :]  # before it come pictures
+    told = ["ema-avg: error: interrupted; nothing half-written was published", HINT]
+    assert shown == [FIRST, *(["stopped at once"] if second else told)]
+    assert "\x1b[?25l" not in err
+    assert again(run)[1] == expected
+
+
+def test_with_q_only_the_error_is_told(run: Path) -> None:
+    """The first signal says nothing by itself."""
+    with stuck(run, "-q") as command:
+        command.process.send_signal(signal.SIGINT)
+        command.go()
+        code, _, err = command.ended()
+    assert code == 130
+    assert err.splitlines()[0] == "ema-avg: error: interrupted; nothing half-written was published"
+
+
+def test_a_signal_that_comes_twice_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever started us may pass on what the terminal sent to both."""
+    said: list[str] = []
+    now = 5.0
+    ended: list[int] = []
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now)
+    monkeypatch.setattr(signals.os, "_exit", ended.append)
+    before = signal.getsignal(signal.SIGTERM)
+    with Signals(said.append):
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        now += signals.TOGETHER / 2
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert said == [FIRST]
+        now += signals.TOGETHER
+        with pytest.raises(Terminated):  # only since the process goes on here
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert ended == [143]
+    assert said[1] == "stopped at once"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_who_started_us_may_have_it_ignored(run: Path) -> None:
+    """As a shell does for what is in the background; and `main` may run in any thread."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Signals(print):
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    codes: list[int] = []
+    given = list(map(str, words(run)))
+    thread = threading.Thread(target=lambda: codes.append(main(given)))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+
+
+def test_what_waits_for_a_thread_is_not_begun() -> None:
+    """Checksums of a whole output may be waiting."""
+    started, go, begun = threading.Event(), threading.Event(), []
+
+    def work(number: int) -> None:
+        begun.append(number)
+        started.set()
+        go.wait(60)
+
+    threading.Timer(0.05, go.set).start()
+    with pytest.raises(KeyboardInterrupt), executor_of(None, 1) as pool:
+        for number in range(100):
+            pool.submit(work, number)
+        started.wait(60)
+        raise KeyboardInterrupt
+    assert begun == [0]
+
+
+@pytest.mark.parametrize("command", ["plan", "verify", "export"])
+def test_what_writes_nothing_has_nothing_half_written(
+    run: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """One who only looks is not told of outputs."""
+
+    def interrupt(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    for place in ("ema_cli.api.plan_run", "ema_cli.verification.auditing.verify"):
+        monkeypatch.setattr(place, interrupt)
+    monkeypatch.setattr("ema_cli.api.export", interrupt)
+    more = ["-o", run.parent / "out"] if command == "export" else []
+    err = cmd(command, run, *more, code=130).err
+    assert err.startswith("ema-avg: error: interrupted")
+    assert ("nothing half-written" in err) == (command == "export")
+
+
+# ---------------------------------------------------------------------------- nobody reads
+
+
+@contextmanager
+def unread() -> Iterator[int]:
+    """A pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        yield writer
+    finally:
+        os.close(writer)
+
+
+def in_process(*given: str | Path, **streams: object) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own."""
+    command = [sys.executable, "-m", "ema_cli", *map(str, given)]
+    return subprocess.run(command, text=True, timeout=60, **streams)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("more", [[], ["--json"], ["--state"]])
+def test_who_stops_reading_does_not_end_a_run(
+    run: Path, expected: bytes, more: list[str], both: bool
+) -> None:
+    """The output is published, also where a plan longer than a pipe's buffer comes first."""
+    for k in range(400, 40000, 100):
+        (run / f"model-step-{k}.safetensors").symlink_to(run / "model-step-300.safetensors")
+    given = [
+        *words(run, "--steps", "100:300"),
+        *more,
+        *([run.parent / "state"] * ("--state" in more)),
+    ]
+    with unread() as writer:
+        stderr = writer if both else subprocess.PIPE
+        done = in_process(*given, stdout=writer, stderr=stderr)
+    assert done.returncode == 0
+    assert both or "error" not in done.stderr
+    assert (run.parent / "place" / "out.safetensors").read_bytes() == expected
+
+
+def test_the_exit_code_is_the_command_s_own(run: Path) -> None:
+    """`ema-avg diff A B | head` still tells that they differ."""
+    one, other = (run / f"model-step-{k}00.safetensors" for k in (1, 2))
+    with unread() as writer:
+        assert in_process("diff", one, other, stdout=writer).returncode == 13
+        assert in_process("plan", run, "--json", stdout=writer).returncode == 0
+
+
+def test_a_watch_that_nobody_reads_stops_and_says_so(tmp_path: Path) -> None:
+    """Its work would go on without an end: 141, and the same command goes on."""
+    training = Training(tmp_path)
+    training.save(100)
+    given = [training.run, "--state", tmp_path / "state", "--interval", "0.05"]
+    with child(*given) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert "step 100" in process.stdout.readline()
+        process.stdout.close()
+        training.save(200)
+        err = process.stderr.read()
+        assert process.wait(20) == 141
+    assert err.startswith("ema-avg: error: stopped: nobody reads its output any more")
+    assert err.endswith("\nhint: the same command goes on where this one stopped\n")
+    training.save(300)
+    with child(*given, "--until-step", "300") as process:
+        out, _ = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert "step 300" in out or "steps 200 to 300" in out
+
+
+# ---------------------------------------------------------------------------- closed and full
+
+
+def test_a_full_disk_behind_stdout_is_told(run: Path, expected: bytes) -> None:
+    """Exit code 15; the work was done before."""
+    with Path("/dev/full").open("w") as full:
+        for given in (["plan", run], ["plan", run, "--json"], ["--help"], words(run)):
+            done = in_process(*given, stdout=full, stderr=subprocess.PIPE)
+            assert done.returncode == 15
+            assert "standard output: No space left on device" in done.stderr
+            assert "Exception ignored" not in done.stderr
+    assert (run.parent / "place" / "out.safetensors").read_bytes() == expected
+
+
+def test_talk_that_cannot_be_written_ends_nothing(run: Path, expected: bytes) -> None:
+    """A full disk behind stderr: the work is done, the code is its own."""
+    with Path("/dev/full").open("w") as full:
+        done = in_process(*words(run, "-v"), stdout=subprocess.PIPE, stderr=full)
+        assert (done.returncode, done.stdout.split()[0]) == (0, "written")
+        assert in_process("plan", run / "none", stderr=full).returncode == 12
+    assert (run.parent / "place" / "out.safetensors").read_bytes() == expected
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
+def test_no_file_takes_the_place_of_a_closed_stream(
+    run: Path, expected: bytes, closed: str
+) -> None:
+    """What is said would be written into it."""
+    line = f'exec "$@" {closed}'
+    done = subprocess.run(
+        ["/bin/sh", "-c", line, "sh", sys.executable, "-m", "ema_cli", *map(str, words(run, "-v"))],
+        timeout=60,
+        capture_output=True,
+    )
+    assert done.returncode == 0
+    assert (run.parent / "place" / "out.safetensors").read_bytes() == expected
+    document = (run.parent / "place" / "out.safetensors.ema.json").read_text()
+    assert json.loads(document)["output"]["format"] == "safetensors"
