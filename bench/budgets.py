@@ -83,7 +83,7 @@ def verdicts(results: Results) -> list[Verdict]:
 
 def general(results: Results) -> tuple[Row, ...]:
     """Return the budgets of safetensors files, and those that hold for all formats."""
-    f32, bf16, small, four, state, plan, cold = (results.get(key, []) for key in GENERAL)
+    f32, bf16, small, four, state, stats, plan, cold = (results.get(key, []) for key in GENERAL)
     many, few, averages = "ema-avg, 20,000", "ema-avg, 32", "ema-avg, four averages"
     plain, begun = f"ema-avg{SHADOW}", "ema-avg --state"
     return (
@@ -93,6 +93,7 @@ def general(results: Results) -> tuple[Row, ...]:
         ("four averages: process / limit4", quotient(four, averages, "limit4"), 2.0, "x"),
         ("with --state -o / without", quotient(state, f"{begun} -o", plain), 1.5, "x"),
         ("with --state / without", quotient(state, f"{begun} alone", plain), 1.5, "x"),
+        ("with --stats / without", quotient(stats, "ema-avg --stats", "ema-avg"), None, "x"),
         ("cold float32: (process - start) / limit", ratio(cold, "ema-avg"), None, "x"),
         ("resident memory of run", peak(results, *GENERAL), 100.0, "MiB"),
         ("ema-avg --help", seconds(plan, "ema-avg --help"), 0.15, "s"),

@@ -63,6 +63,17 @@ def state(sets: dict[str, DataSet], data: Path) -> Group:
     return Group("state", f"{d.title}, with a state", everyone, (d,), equal=equal)
 
 
+def stats(sets: dict[str, DataSet], data: Path) -> Group:
+    """Measure the distance of every checkpoint on the way, beside the same run without."""
+    stage, d = Stage(data, "stats"), sets["f32"]
+    measuring = ("--decay", "0.9", "--names", "variable", "--stats")
+    tool = stage.averaging(d, "stats", "ema-avg --stats", measuring)
+    equal = ((stage.output(d, "variable"), stage.output(d, "stats")),)
+    everyone = (stage.start(), *stage.limits(d), stage.ema_avg(d), tool)
+    title = f"{d.title}, with distances"
+    return Group("stats", title, everyone, (d,), equal=equal)
+
+
 def plan(sets: dict[str, DataSet], data: Path) -> Group:
     """Compare plans, which read no tensor: what a user waits for before work begins."""
     stage, d = Stage(data, "plan"), sets["plan"]
@@ -183,6 +194,7 @@ GROUPS: dict[str, Callable[[dict[str, DataSet], Path], Group]] = {
     "small": small,
     "four": four,
     "state": state,
+    "stats": stats,
     "plan": plan,
     "cold": cold,
     "tf": tensorflow,

@@ -12,7 +12,8 @@ from ema_cli.kernel import Array
 from ema_cli.reading import TensorReader
 from ema_cli.tensors import Checkpoint, Extent, Tensor, describe
 
-_BLOCK_ELEMENTS = 1 << 18
+# Small enough that what is computed with a block stays in cache.
+_BLOCK_ELEMENTS = 1 << 14
 # Bounds of the bins of relative change; before the first are the elements that did not change.
 DECADES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _BINS = len(DECADES) + 2
@@ -168,13 +169,20 @@ class _Tally:
             q = y.astype(wide)
             if x.dtype == y.dtype and x.tobytes() == y.tobytes():
                 self.counts[0] += len(x)
-                self.norm = _joined(self.norm, _norm(np.abs(q[np.isfinite(q)])))
+                self.norm = _joined(self.norm, _norm_of_finite(q))
                 return
             p = x.astype(wide)
-            equal = (p == q) | (np.isnan(p) & np.isnan(q))
-            gap, size = np.where(equal, 0.0, np.abs(p - q)), np.abs(q)
-            relative = np.where(equal, 0.0, gap / size)
-            self._spread(relative, gap, np.where(equal & ~np.isfinite(q), 0.0, size))
+            gap, size = np.abs(p - q), np.abs(q)
+            known = size
+            if np.isfinite(gap).all():
+                equal = gap == 0
+            else:  # equal infinities and NaNs are no difference, and no part of a norm
+                equal = (p == q) | (np.isnan(p) & np.isnan(q))
+                gap[equal] = 0.0
+                known = np.where(equal & ~np.isfinite(q), 0.0, size)
+            relative = np.zeros(len(gap))
+            np.divide(gap, size, out=relative, where=~equal)
+            self._spread(relative, gap, known)
             if atol == rtol == 0:
                 left, right = (array.view(np.uint8).reshape(len(array), -1) for array in (x, y))
                 differs = (left != right).any(axis=1)
@@ -213,7 +221,20 @@ def _norm(sizes: Array) -> float:
         if largest == 0 or not math.isfinite(largest):
             return largest
         return largest * _norm(sizes / largest)
-    return math.sqrt(float(np.dot(sizes, sizes)))
+    return math.sqrt(_square(sizes))
+
+
+def _square(values: Array) -> float:
+    """Return the sum of squares; not by the BLAS, whose threads cost more than they save here."""
+    return float(np.einsum("i,i->", values, values.conj()).real)
+
+
+def _norm_of_finite(values: Array) -> float:
+    """Return the Euclidean norm of the values that are finite."""
+    square = _square(values)
+    if 1e-300 < square < math.inf:
+        return math.sqrt(square)
+    return _norm(np.abs(values[np.isfinite(values)]))
 
 
 def _values(

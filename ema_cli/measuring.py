@@ -7,7 +7,6 @@ float64, those of tasks exactly: a distance is right to about 1e-6, whoever carr
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 
@@ -91,13 +90,14 @@ class Measured:
         """Return the distances from one average, which has the coefficients of a `schedule`."""
         steps = tuple(checkpoint.step for checkpoint in work.checkpoints)
         source_of = {k: source for source, k in enumerate(counting(work.schedules))}
-        groups = range(len(work.groups))
-        norm = functools.partial(self._root, schedule, FINISHED)
+        # One whose tensors are all stored under another group's names has nothing of its own.
+        groups = [g for g in range(len(work.groups)) if Sum(schedule, FINISHED, g) in self._sums]
+        norms = [self._root(schedule, FINISHED, group) for group in groups]
         return Distances(
             label,
             steps,
-            work.groups,
-            tuple(math.nan if (n := norm(group)) is None else n for group in groups),
+            tuple(work.groups[group] for group in groups),
+            tuple(math.nan if norm is None else norm for norm in norms),
             tuple(
                 tuple(
                     self._root(schedule, source_of[k], group) if k in source_of else None

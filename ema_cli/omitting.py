@@ -43,7 +43,8 @@ def without(plan: Plan, dropped: Collection[int], *, again: bool = False) -> str
     asked = dataclasses.replace(request, paths=(), choice=named)
     words = run_words(asked, request.averages)
     missing = [checkpoints[k] for k in dropped]
-    patterns = _patterns(left, missing) if plan.run.searched and len(left) > _NAMED else []
+    many = len(left) > _NAMED and old.order == Choice().order
+    patterns = _patterns(left, missing) if many else []
     paths = patterns or [shlex.quote(printable(one.path)) for one in left]
     return " ".join([*words[:2], *paths, command(*words[2:])]) + end
 

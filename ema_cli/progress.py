@@ -247,6 +247,7 @@ def _sync_data(path: str) -> None:
 
 
 def _to_json(ordinal: int, done: Done) -> dict[str, Any]:
+    measured = [[*key, value.hex()] for key, value in done.measured.items()]
     return {
         "task": ordinal,
         "read": done.read,
@@ -254,7 +255,7 @@ def _to_json(ordinal: int, done: Done) -> dict[str, Any]:
         "parts": [[*unit, *part] for unit, part in done.parts.items()],
         "made": [[*place, crc] for place, crc in done.made.items()],
         "cloned": done.cloned,
-        "measured": [[*key, value.hex()] for key, value in done.measured.items()],
+        **({"measured": measured} if measured else {}),
     }
 
 
@@ -270,7 +271,7 @@ def _from_json(record: Any) -> tuple[int, Done]:
         {(file, chunk): crc for file, chunk, crc in made},
         None,
         tuple(Cloned(*_numbers(row)) for row in record["cloned"]),
-        {Sum(*_numbers(row)): float.fromhex(value) for *row, value in record["measured"]},
+        {Sum(*_numbers(row)): _real(value) for *row, value in record.get("measured", [])},
     )
     return ordinal, done
 
@@ -279,6 +280,13 @@ def _numbers(row: Any) -> list[int]:
     if type(row) is not list or not all(type(number) is int for number in row):
         raise ValueError("expected numbers")
     return row
+
+
+def _real(text: Any) -> float:
+    try:
+        return float.fromhex(text)
+    except OverflowError as error:
+        raise ValueError("expected a float64") from error
 
 
 def _unsealed(line: bytes) -> Any:

@@ -35,7 +35,7 @@ SUGGESTED = (
     "unknown",
 )
 _LIMIT = 256 << 20
-_STEPS = 1 << 63
+_LARGEST = 1 << 63
 _KINDS: dict[str, type] = {"path": str, "bytes": int, "mtime_ns": int, "header": str}
 
 
@@ -193,12 +193,14 @@ def _recorded(document: Mapping[str, Any], where: str) -> Iterator[_Recorded]:
 
 def _is_input(row: Mapping[str, Any]) -> bool:
     path, step, rows = row.get("path"), row.get("step"), row.get("files")
-    good = type(path) is str and "\0" not in path and type(step) is int and abs(step) < _STEPS
+    good = type(path) is str and "\0" not in path and type(step) is int and abs(step) < _LARGEST
     return good and isinstance(rows, list) and all(map(_is_file, rows))
 
 
 def _is_file(row: object) -> bool:
-    return isinstance(row, dict) and all(type(row.get(k)) is kind for k, kind in _KINDS.items())
+    if not isinstance(row, dict) or any(type(row.get(k)) is not t for k, t in _KINDS.items()):
+        return False
+    return bool(max(abs(row["bytes"]), abs(row["mtime_ns"])) < _LARGEST)
 
 
 def _last(path: str) -> str:
@@ -230,7 +232,7 @@ def _check(row: _Recorded, found: Checkpoint, where: str) -> bool:
     for name, (stamp, digest) in now.items():
         file = row.files[name]
         if stamp.size != file["bytes"]:
-            found_size = f"expected {file['size']:,} bytes, found {stamp.size:,}"
+            found_size = f"expected {file['bytes']:,} bytes, found {stamp.size:,}"
             raise _changed(stamp.path, where, found_size)
         if digest != file["header"]:
             raise _changed(stamp.path, where, "expected the header it had, found another")

@@ -178,7 +178,7 @@ def test_what_fails_after_the_outputs_is_an_error_and_no_result(
     def full(*_: Any, **__: Any) -> None:
         raise StorageError("p.svg: cannot write: No space left on device")
 
-    monkeypatch.setattr(plotfile, "write", full)
+    monkeypatch.setattr(plotfile, "save", full)
     words = ["run", run, *HALF, "-o", out, "--plot", tmp_path / "p.svg", "--json"]
     words += ["--state", tmp_path / "state"] if state else []
     *before, last = map(json.loads, cmd(*words, code=15).out.splitlines())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -35,3 +36,13 @@ def test_every_definition_has_its_table() -> None:
     }
     headings = [line.removeprefix("### ") for line in text.splitlines() if line.startswith("### ")]
     assert sorted(headings) == sorted(names)
+
+
+def test_what_the_page_asks_jq_for_is_described() -> None:
+    """Its filters, which need a program we do not, name fields that the schema has."""
+    text = (ROOT / "docs" / "json.md").read_text(encoding="utf-8")
+    filters = re.findall(r"\| jq (?:-r )?'([^']+)'", text)
+    assert len(filters) == 3
+    fields = {field for line in filters for field in re.findall(r"\.([a-z_]+)", line)}
+    definitions = SCRIPT.schema("ema-avg-1")["$defs"].values()
+    assert fields <= {field for one in definitions for field in one.get("properties", {})}

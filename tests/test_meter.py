@@ -19,6 +19,7 @@ from ema_cli.views import Out
 from ema_cli.views.meter import ERASE, Meter, arranged
 
 GB = 10**9
+COLORED = re.compile(r"\x1b\[(?:[0-9;]*;)?(?:3|4|9|10)[0-9][0-9;]*m")
 FACTS = ["37 %", "15.2 GiB of 41.0 GiB", "3.1 GB/s", "9 s left"]
 WHAT = "20 checkpoints, steps 100 to 2,000"
 
@@ -280,6 +281,7 @@ def test_a_terminal_shows_a_run(run: Path, tmp_path: Path) -> None:
     ("columns", "env"),
     [
         (20, {}),
+        (120, {}),
         (120, {"NO_COLOR": "1"}),
         (80, {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}),
         (80, {"TERM": "dumb"}),
@@ -295,7 +297,7 @@ def test_any_terminal_will_do(run: Path, tmp_path: Path, columns: int, env: dict
     drawn = [part for part in re.split(r"[\r\n]+", COLOR.sub("", err)) if part.endswith("\x1b[K")]
     assert bool(drawn) == (env.get("TERM") != "dumb")
     assert all(len(part.removesuffix("\x1b[K")) < columns for part in drawn)
-    assert not env or not re.search(r"\x1b\[[0-9;]*[34][0-9]", err) or "NO_COLOR" not in env
+    assert bool(COLORED.search(err)) == (columns >= 80 and not {"NO_COLOR", "TERM"} & set(env))
     assert err.isascii() or "PYTHONIOENCODING" not in env
     assert "\x1b" not in err or "TERM" not in env
 

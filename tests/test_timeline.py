@@ -20,7 +20,7 @@ from ema_cli.tensors import Checkpoint, Index
 def fake(steps: Sequence[int], passed_over: Sequence[PassedOver] = ()) -> Run:
     """Return a run with checkpoints at these steps."""
     index = Index("safetensors", (), (), ())
-    checkpoints = tuple(Checkpoint(f"c-{step}", (), index, step=step) for step in steps)
+    checkpoints = tuple(Checkpoint(f"c-{step}", (), (), index, step) for step in steps)
     return Run(checkpoints, tuple(passed_over), searched=True)
 
 
@@ -42,10 +42,10 @@ def run(tmp_path: Path) -> Path:
         ([100], []),
         ([100, 900], []),
         ([100, 200, 300], []),
-        ([100, 200, 500], [(200, 500, 2, 100)]),
+        ([100, 200, 500], []),
         ([100, 400, 500, 600], [(100, 400, 2, 100)]),
         ([0, 100, 200, 300, 400, 500, 900, 1000], [(500, 900, 3, 100)]),
-        ([100, 199, 301, 400, 600], [(400, 600, 1, 101)]),
+        ([100, 199, 301, 400, 600], [(400, 600, 1, 99)]),
         ([1, 10, 100, 1000, 10000], []),
         ([1000, 2000, 3000, 3100, 3200], []),
         ([300, 100, 200], []),
@@ -54,7 +54,7 @@ def run(tmp_path: Path) -> Path:
 def test_a_gap_is_where_the_usual_distance_suggests_more(
     steps: list[int], found: list[tuple[int, int, int, int]]
 ) -> None:
-    """Only where a distance is usual: about the same for half of all neighbours."""
+    """Only where a distance is usual: about the same for most neighbours."""
     assert [tuple(gap) for gap in timeline.gaps(steps)] == found
 
 
@@ -109,8 +109,8 @@ def test_gaps_are_told_in_words_and_in_json(run: Path) -> None:
     assert len(told.out.splitlines()) == 7
     document = json.loads(cmd("inspect", run, "--json", code=3).out)
     assert document["gaps"] == [
-        {"after": 300, "before": 700, "missing": 3, "apart": 100},
-        {"after": 700, "before": 900, "missing": 1, "apart": 100},
+        {"after": 300, "before": 700, "missing_count": 3, "apart": 100},
+        {"after": 700, "before": 900, "missing_count": 1, "apart": 100},
     ]
 
 

@@ -37,7 +37,10 @@ COMMANDS = {
         "ema-avg plan fixtures/digits/bf16 --last 10 --average mean@last=5"
         " --average sqrt=lr:1-sqrt --workers 2"
     ),
-    "stats": "ema-avg run fixtures/digits/run -o average.safetensors --decay 0.999/step --last 10 --stats",
+    "stats": (
+        "ema-avg run fixtures/digits/run -o average.safetensors --last 10"
+        " --decay 0.999/step --stats"
+    ),
     "map": (
         "ema-avg map fixtures/tensorflow/graph/digits.ckpt-300"
         " --for fixtures/tensorflow/graph/evaluation.meta"
@@ -144,10 +147,12 @@ def _environment() -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith("EMA_AVG_") and name not in ("NO_COLOR", "FORCE_COLOR", "COLORTERM")
+        if not name.startswith(("EMA_AVG_", "LC_", "PYTHON"))
+        and name not in ("NO_COLOR", "FORCE_COLOR", "COLORTERM", "LANG", "LINES")
     }
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return {**kept, "PATH": path, "TERM": "xterm-256color", "COLUMNS": str(COLUMNS)}
+    usual = {"TERM": "xterm-256color", "COLUMNS": str(COLUMNS), "LC_ALL": "C.UTF-8"}
+    return {**kept, **usual, "PATH": path}
 
 
 def _drained(terminal: int) -> str:

@@ -32,6 +32,7 @@ FORMATS = (
 _AVERAGES = (
     *("ema:", "half-life:", "mean", "lr:linear", "lr:cosine", "lr:1-sqrt", "power:", "weights:"),
 )
+_WINDOWED = ("ema:", "half-life:", "power:", "lr:", "mean")
 _DECAYS = ("0.9", "0.99", "0.999", "0.9999")
 # At most this many words are offered, and this many entries of a directory looked at.
 MOST = 2000
@@ -116,10 +117,10 @@ def averages(ctx: click.Context, option: click.Parameter, incomplete: str) -> li
         words = _decays("ema:")
     elif spec.startswith("weights:"):
         words = [f"weights:{path}" for path in _listed(spec.removeprefix("weights:"))]
-    if spec and not spec.endswith((":", "@")) and "@" not in spec and spec not in words:
-        words += [f"{spec}@last="] if spec.startswith(("ema:", "half-life:", "power:")) else []
-    elif "@" in spec or spec == "mean":
-        words += [f"{spec.partition('@')[0]}@last="]
+    family, at, _ = spec.partition("@")
+    going_on = any(word.startswith(spec) and word != spec for word in words)
+    if at or (family[-1:].isalnum() and not going_on and family.startswith(_WINDOWED)):
+        words = [f"{family}@last="] if at else [spec, f"{spec}@last="]
     return _offered((label + word for word in words), incomplete)
 
 

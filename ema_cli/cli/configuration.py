@@ -41,12 +41,17 @@ def variables(ctx: click.Context, option: click.Parameter) -> list[str]:
     """
     if not getattr(option, "allow_from_autoenv", False) or ctx.auto_envvar_prefix is None:
         return []
-    name = (option.name or "").upper()
+    name = _word(option)
     found = [f"{ctx.auto_envvar_prefix}_{name}"]
     run = _commands(ctx).get("run")
     if ctx.info_name == "plan" and run and option.name in {p.name for p in run.params}:
         found.append(f"{PREFIX}_RUN_{name}")
     return [*found, CONFIG_VARIABLE] if option.name == "config" else found
+
+
+def _word(option: click.Parameter) -> str:
+    """Return an option as it is called in the name of a variable: ``STEP_FROM``."""
+    return max(option.opts, key=len).removeprefix("--").replace("-", "_").upper()
 
 
 def _commands(ctx: click.Context) -> Mapping[str, click.Command]:
@@ -61,7 +66,7 @@ def set_variable(ctx: click.Context, option: click.Parameter) -> str | None:
 def unknown_variables(ctx: click.Context) -> Iterator[tuple[str, str]]:
     """Yield what looks like a setting in the environment and is none, with what was meant."""
     known = [
-        f"{PREFIX}_{command.upper()}_{(option.name or '').upper()}"
+        f"{PREFIX}_{command.upper()}_{_word(option)}"
         for command, one in _commands(ctx).items()
         for option in one.params
         if getattr(option, "allow_from_autoenv", False)
@@ -210,7 +215,7 @@ def _forget(ctx: click.Context, option: click.Parameter) -> None:
     name = option.name or ""
     if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
         empty = () if option.multiple else None
-        default = option.get_default(ctx)
+        default = option.default  # `get_default` asks the file first
         missing = type(default).__name__ == "Sentinel" or default is None
         ctx.params[name] = empty if missing else option.type_cast_value(ctx, default)
         ctx.set_parameter_source(name, ParameterSource.DEFAULT)

@@ -21,7 +21,12 @@ from ema_cli.text import plural
 @click.argument("a", metavar="A", type=click.Path())
 @click.argument("b", metavar="B", type=click.Path())
 @click.option(
-    "--atol", cls=Option, group="Input", type=float, default=0.0, help="How far apart two values may be."
+    "--atol",
+    cls=Option,
+    group="Input",
+    type=float,
+    default=0.0,
+    help="How far apart two values may be.",
 )
 @click.option(
     "--rtol",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ema_cli.cli import options
+from ema_cli.cli import completion, options
 from ema_cli.cli.command import Command, Option, selected
 from ema_cli.text import command, plural, shorten
 from ema_cli.views import Out
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     cls=Option,
     group="Input",
     metavar="FILE",
+    shell_complete=completion.paths,
     help="What the restoring program asks for: a graph (.meta), a checkpoint, a list of names, "
     "or - for stdin.",
 )

@@ -40,8 +40,8 @@ def _message(error: click.ClickException) -> str:
 
 
 def _asks_output(error: click.ClickException) -> bool:
-    missing = isinstance(error, click.MissingParameter) and error.param is not None
-    return missing and error.param.name == "output"
+    param = error.param if isinstance(error, click.MissingParameter) else None
+    return param is not None and param.name == "output"
 
 
 def _where(error: click.ClickException) -> str:

@@ -298,7 +298,7 @@ look_options = _apply(
             type=click.Choice(("auto", "shadow", "variable")),
             default="auto",
             show_default=True,
-            help="Names of averaged tensors: <variable>/NAME, or plain ones that are ready to load.",
+            help="Averaged tensors are called <variable>/NAME, or as the variables: ready to load.",
         ),
         rule_option,
         _option(

@@ -105,6 +105,7 @@ def beside_data(out: Out, course: Course) -> None:
     screen = out.screen(talk=True)
     if screen is not None:
         draw(screen, course, verbose=out.verbose)
+        screen.lines([""])
 
 
 def draw(screen: Screen, course: Course, *, verbose: bool = False) -> None:

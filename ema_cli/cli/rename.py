@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ema_cli.cli import options
+from ema_cli.cli import completion, options
 from ema_cli.cli.command import Command, Option
 from ema_cli.text import plural, printable, shorten
 
@@ -27,6 +27,7 @@ MANY = 10
     cls=Option,
     group="Output",
     metavar="OUT",
+    shell_complete=completion.paths,
     required=True,
     help="Where the copy goes.",
 )

@@ -55,14 +55,15 @@ class Gap(NamedTuple):
 def gaps(steps: Sequence[int]) -> list[Gap]:
     """Return the gaps of a run; none where no distance between its checkpoints is usual.
 
-    Usual is the median distance, if at least half of all distances are about that.
+    Usual is the median distance, if more than half of all distances are about that: a run of which
+    only every tenth checkpoint was kept, but for the newest, has none.
     """
     distances = [b - a for a, b in itertools.pairwise(steps)]
     if len(distances) < 2 or min(distances) <= 0:
         return []
     apart = sorted(distances)[(len(distances) - 1) // 2]
     usual = [distance for distance in distances if apart / _FACTOR <= distance <= apart * _FACTOR]
-    if 2 * len(usual) < len(distances):
+    if 2 * len(usual) <= len(distances):
         return []
     return [
         Gap(a, b, round((b - a) / apart) - 1, apart)

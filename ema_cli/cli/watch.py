@@ -39,7 +39,11 @@ RESUME = "the same command goes on where this one stopped"
     help="Where the shadows are kept; begun if it is not there.",
 )
 @click.option(
-    "--glob", cls=Option, group="Input", metavar="GLOB", help="Entries of RUN to consider; may contain '/'."
+    "--glob",
+    cls=Option,
+    group="Input",
+    metavar="GLOB",
+    help="Entries of RUN to consider; may contain '/'.",
 )
 @click.option(
     "--steps",
