@@ -128,9 +128,9 @@ def bounded(
         while pending:
             yield from finished()
     finally:
-        for future in pending:
-            future.cancel()
-        for future in wait(pending).done:
+        # Whoever would notice that one was cancelled may have gone: the others are waited for.
+        running = [future for future in pending if not future.cancel()]
+        for future in wait(running).done:
             if not future.cancelled() and future.exception() is None:
                 with contextlib.suppress(Exception):  # another error is on its way
                     late(pending[future], future.result())

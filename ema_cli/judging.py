@@ -49,6 +49,7 @@ class Judge:
         self._refuse = refuse
         self.distances: dict[str, Distances] = {}
         self.notes: list[str] = []
+        self._outliers: dict[str, list[outliers.Outlier]] = {}
 
     def look_up(self, outcomes: Sequence[Outcome]) -> None:
         """Take the distances of outputs that are there already from their provenance."""
@@ -104,10 +105,11 @@ class Judge:
         ]
 
     def _found(self, outcome: Outcome) -> list[outliers.Outlier]:
-        known = self.distances.get(outcome.layout.path)
-        if known is None:
-            return []
-        return outliers.find(known, self._plan.schedules[outcome.schedule].coefficients)
+        path = outcome.layout.path
+        if path in self.distances and path not in self._outliers:
+            coefficients = self._plan.schedules[outcome.schedule].coefficients
+            self._outliers[path] = outliers.find(self.distances[path], coefficients)
+        return self._outliers.get(path, [])
 
     def warnings(self, *, again: bool) -> list[PlanWarning]:
         """Return one warning for each outlier; `again`: the output that the hint replaces is there.

@@ -124,8 +124,8 @@ class Plan:
 def make(request: Request, run: runs.Run | None = None) -> Plan:
     """Return the plan for `request`: reads headers and scalar steps, no other tensor data.
 
-    `run` is what to average, where that is known already. Raises every error that can be known before: `InputError`, `Disagreement`, `UsageError`,
-    `NothingToAverage`.
+    `run` is what to average, where that is known already. Raises every error that can be known
+    before: `InputError`, `Disagreement`, `UsageError`, `NothingToAverage`.
     """
     check_output(request)
     if run is None:

@@ -6,7 +6,7 @@ The convention, for the fenced blocks of README.md and docs/*.md:
   ends in ``  # exit 13`` must end with that exit code, every other one with 0. The lines up to the
   next command are what it prints into a pipe, stdout and stderr together: ``...`` inside a line
   stands for anything in that line, a line ``...`` for any number of lines.
-- A block marked ``python`` is a script of its own. The lines in it that start with ``#> `` are
+- A block marked ``python`` is a script of its own. The lines in it that start with ``# > `` are
   what it prints to stdout, in the same manner.
 - A block marked ``python torch``, ``python tensorflow`` or ``python keras`` needs that framework:
   interop/test_doc_snippets.py executes it. ``python signature`` is none to execute.
@@ -32,7 +32,7 @@ FRAMEWORKS = ("torch", "tensorflow", "keras")
 
 _FENCED = re.compile(r"^```([a-z]*)(?: ([a-z]+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _EXIT = re.compile(r"\s+# exit (\d+)$")
-_PRINTED = re.compile(r"^#>(?: (.*))?$", re.MULTILINE)
+_PRINTED = re.compile(r"^# ?>(?: (.*))?$", re.MULTILINE)
 
 
 class Block(NamedTuple):

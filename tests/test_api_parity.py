@@ -57,7 +57,8 @@ def options(name: str) -> dict[str, Any]:
             else:
                 default = parameter.get_default(context)
                 missing = type(default).__name__ in ("Sentinel", "NoneType")
-                empty: Any = () if getattr(parameter, "multiple", False) else None
+                several = getattr(parameter, "multiple", False) or parameter.nargs == -1
+                empty: Any = () if several else None
                 found[key] = empty if missing else default
     return found
 

@@ -12,6 +12,7 @@ import ema_cli
 from ema_cli import asked
 
 OTHERS = {"overwrite", "restart", "state", "strict", "executor", "on_event"}
+OTHERS |= {"provenance", "stats", "outliers"}
 
 
 def defaults(function: Callable[..., Any]) -> dict[str, Any]:

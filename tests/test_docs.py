@@ -64,13 +64,13 @@ def test_examples_are_found_with_their_codes_and_outputs() -> None:
     """Commands in blocks marked ``console``, scripts in those marked ``python``, in order."""
     text = (
         "```console\n$ one  # exit 13\nout\n$ two\n```\n```sh\n$ no\n```\n"
-        "```python\nprint(1)\n#> 1\n```\n```python torch\nx\n```\n"
+        "```python\nprint(1)\n# > 1\n```\n```python torch\nx\n```\n"
         "```python signature\nf()\n```\n```console\n$ 3\n```\n"
     )
     assert examples(text) == [
         Example("one", 13, "out\n"),
         Example("two", 0, ""),
-        Example("print(1)\n#> 1\n", 0, "1\n", script=True),
+        Example("print(1)\n# > 1\n", 0, "1\n", script=True),
         Example("x\n", 0, "", "torch", script=True),
         Example("3", 0, ""),
     ]

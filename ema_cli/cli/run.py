@@ -51,7 +51,8 @@ def run(ctx: click.Context, /, **given: Any) -> int:
     """Average the checkpoints of a run and write the result as a new checkpoint.
 
     RUN is a directory of checkpoints, or several checkpoints. Without --decay or --average it is
-    TensorFlow's warm-up ramp, which suits any number of files.
+    TensorFlow's warm-up ramp, which suits any number of files. With --from it is what an earlier
+    output was made of, so that the same bytes come out.
     """
     out, arguments = split(ctx, given)
     plot = arguments.pop("plot")
@@ -111,6 +112,7 @@ def _carry_out(out: Out, arguments: dict[str, Any], *, plot: str | None, **how: 
 
 def _tell(out: Out, result: RunResult, *, distances: bool) -> None:
     from ema_cli.cli import planview, statsview
+    from ema_cli.schedules import counting
 
     plan = result.plan
     for note in result.notes:
@@ -119,7 +121,7 @@ def _tell(out: Out, result: RunResult, *, distances: bool) -> None:
     for outcome, written in zip(plan.outcomes, result.outputs, strict=True):
         planview.written(out, plan, outcome, written)
     out.say(
-        f"read {size(result.read)} of {plural(len(plan.run.checkpoints), 'checkpoint')} "
+        f"read {size(result.read)} of {plural(len(counting(plan.schedules)), 'checkpoint')} "
         f"in {result.seconds:.1f} s"
     )
     if any(entry.unusable for entry in plan.run.passed_over):

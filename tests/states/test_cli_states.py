@@ -208,7 +208,8 @@ def test_inspect_in_json() -> None:
         "type": "result",
         "schema": 1,
         "command": "inspect",
-        "state": "S",
+        "kind": "state",
+        "path": "S",
         "generation": 1,
         "step": 200,
         "settings": ["--average", "a=mean", "--average", "ema:0.5", "--num-updates", "count"],
@@ -221,11 +222,11 @@ def test_inspect_in_json() -> None:
                 "step": step,
                 "path": f"run/model-{step}.safetensors",
                 "coefficients": c,
-                "missed": None,
+                "reason": None,
             }
             for step, c in ((100, [1.0, 1.0]), (200, [0.5, float(late)]))
         ],
-        "tensors": 5,
+        "tensor_count": 5,
     }
 
 
@@ -292,6 +293,7 @@ def test_what_export_says() -> None:
         "state": "S",
         "step": 200,
         "outputs": [{"path": "b.npz", "status": "written", "bytes": Path("b.npz").stat().st_size}],
+        "notes": [],
     }
 
 
