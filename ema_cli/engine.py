@@ -16,7 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ema_cli import kernel
+from ema_cli import interruption, kernel
 from ema_cli.blueprint import COPY
 from ema_cli.files import handle_limit
 from ema_cli.plan import BLOCK_ELEMENTS, block_elements
@@ -31,6 +31,9 @@ from ema_cli.worker import run_task
 
 W = TypeVar("W")
 T = TypeVar("T")
+
+# Seconds that a signal waits at most, while tasks are waited for.
+_MOMENT = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,8 @@ def carry_out(
 
     def record(ordinal: int, done: Done) -> None:
         if log is not None and done.flaw is None:
-            log.add(ordinal, done)
+            with interruption.held():
+                log.add(ordinal, done)
 
     for ordinal, done in bounded(executor, run_task, left, 2 * work.manner.workers, record):
         read += done.read
@@ -117,12 +121,17 @@ def bounded(
     pending: dict[Future[T], int] = {}
 
     def finished() -> Iterator[tuple[int, T]]:
-        for future in wait(pending, return_when=FIRST_COMPLETED).done:
+        done: set[Future[T]] = set()
+        while not done:
+            with interruption.held():
+                done = wait(pending, _MOMENT, FIRST_COMPLETED).done
+        for future in done:
             yield pending.pop(future), future.result()
 
     try:
         for ordinal, task in work:
-            pending[executor.submit(function, task)] = ordinal
+            with interruption.held():
+                pending[executor.submit(function, task)] = ordinal
             if len(pending) >= limit:
                 yield from finished()
         while pending:

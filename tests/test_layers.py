@@ -105,7 +105,7 @@ ROWS: list[set[str]] = [
     {"schedules", "naming", "blueprint", "distances", "grouping"},
     {"tensors", "machine", "averages"},
     {"errors", "hints"},
-    {"text", "version", "states", "live", "verification"},
+    {"interruption", "text", "version", "states", "live", "verification"},
 ]
 RANK = {name: -row for row, names in enumerate(ROWS) for name in names}
 

@@ -256,11 +256,11 @@ def test_json_is_one_document_with_everything(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", "a", f"b/{SHADOW}")
     (line,) = cmd("map", path, "--for", "-", "--json", stdin="a\nc\n", code=13).out.splitlines()
     found = json.loads(line)
-    assert {key: found[key] for key in ("type", "schema", "command", "missing")} == {
+    assert {key: found[key] for key in ("type", "schema", "command", "missing_count")} == {
         "type": "result",
         "schema": 1,
         "command": "map",
-        "missing": 1,
+        "missing_count": 1,
     }
     fields = ("restore_name", "variable", "source")
     assert [[row[f] for f in fields] for row in found["rows"]] == [

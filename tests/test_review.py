@@ -148,7 +148,7 @@ def test_a_plan_tells_that_its_output_exists(run: Path, tmp_path: Path) -> None:
 def test_a_dry_run_needs_no_output(run: Path) -> None:
     """`run -n` is `plan`; without -n an output is asked for."""
     assert cmd("run", run, "-n").out == cmd("plan", run).out
-    assert "-o OUT" in cmd("run", run, code=2).err
+    assert "-o average.safetensors" in cmd("run", run, code=2).err
 
 
 def test_a_renaming_that_renames_nothing_is_an_error(run: Path, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from ema_cli import interruption
+
 # Whoever starts us may pass on a signal that the terminal sent to both: within so many seconds it
 # is the same one.
 TOGETHER = 0.3
@@ -70,4 +72,4 @@ class Signals:
             os._exit(128 + number)
         self._first = now
         self._say(_FIRST[signal.Signals(number)])
-        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+        interruption.interrupt(KeyboardInterrupt if number == signal.SIGINT else Terminated)

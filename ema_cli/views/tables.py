@@ -8,6 +8,8 @@ from typing import Any, TextIO
 from ema_cli.text import printable
 
 Cell = str | int | float
+# Characters that a column needs to be shown at all, its distance to the next one included.
+_NARROWEST = 4
 
 
 def write_table(
@@ -63,6 +65,8 @@ def table_text(
     console = Console(
         file=stream, color_system=styles, highlight=False, soft_wrap=False, width=width
     )
+    # Too narrow for all columns, rich would leave some of them out; the terminal wraps lines.
+    console.width = max(console.width, _NARROWEST * len(columns))
     with console.capture() as shown:
         console.print(table)
     return shown.get()
