@@ -6,6 +6,7 @@ import numpy as np
 
 from ema_cli.errors import EmaError, NonFinite
 from ema_cli.files import read_at
+from ema_cli.hints import excluding
 from ema_cli.invocation import another
 from ema_cli.regions import stretches
 from ema_cli.tasks import Flaw, Piece, Source
@@ -40,7 +41,7 @@ def explain(work: Work, flaw: Flaw, state: str = "") -> EmaError:
 
 
 def _leave_out(tensor: Tensor, state: str) -> str:
-    exclude = command("--exclude", tensor.name)
+    exclude = excluding(tensor.name)
     if state:  # which checkpoints are taken is no setting of it
         return (
             f"leave the checkpoint out with --steps or --glob, or begin another state: {exclude} "

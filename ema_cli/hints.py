@@ -17,10 +17,17 @@ PERMISSION = "ls -ld shows who may read it: copy it, or ask its owner"
 # A directory may have millions of entries; whoever mistyped one of these waits for none of them.
 _ENTRIES = 2000
 _SHOWN = 3
+# Characters of a name that a hint repeats; the rest of a longer one is a wildcard.
+_LONG = 200
 _WILD = re.compile(r"\[[^\]]*\]|[*?\[\]]+")
 _PARTS = re.compile("[/._-]+")
 # What stands for itself in none of the names a regular expression is tried on.
 _SPECIAL = re.compile(r"\\.|\[[^\]]*\]|\{[^}]*\}|[.*+?^$()|\[\]{}\\]+")
+
+
+def excluding(name: str) -> str:
+    """Return the option that leaves a tensor out of the average, however long its name is."""
+    return command("--exclude", name if len(name) <= _LONG else name[:_LONG] + "*")
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:

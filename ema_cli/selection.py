@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 from ema_cli.errors import Disagreement, NothingToAverage, UnsupportedInput
 from ema_cli.formats import FORMATS
+from ema_cli.hints import excluding
 from ema_cli.naming import Rule, check_rules, role_in, ruling, variable_behind
 from ema_cli.tensors import Checkpoint, DType, Index, Role, Tensor, describe
-from ema_cli.text import command, near_misses, shorten, with_article
+from ema_cli.text import near_misses, shorten, with_article
 
 STATISTICS = ("average", "copy")
 
@@ -174,7 +175,7 @@ def _refuse_quantized(choices: Iterable[Choice], index: Index, where: str) -> No
         raise UnsupportedInput(
             f"{where}tensor '{shorten(refused.name)}': expected float16, bfloat16, float32 or "
             f"float64, found {refused.dtype}",
-            f"copy it from the last checkpoint: {command('--exclude', refused.name)}",
+            f"copy it from the last checkpoint: {excluding(refused.name)}",
         )
 
 
@@ -265,12 +266,12 @@ def _check_full_name(where: str, name: str, last: Index, other: Index) -> None:
             f"{where}: tensor '{shorten(name)}': expected the variable "
             f"'{shorten(str(expected))}' as in the last checkpoint, found '{shorten(str(found))}'",
             "average the training checkpoints rather than exported models, or leave these "
-            f"out: {command('--exclude', name)}",
+            f"out: {excluding(name)}",
         )
 
 
 def _exclude_hint(name: str) -> str:
     return (
         "leave that checkpoint out with --glob, --steps or --last, or, if it is not one of the "
-        f"weights, copy it from the last one with {command('--exclude', name)}"
+        f"weights, copy it from the last one with {excluding(name)}"
     )
