@@ -200,7 +200,8 @@ EXIT_CODES: dict[int, str] = {
     10: "nothing to average",
     11: "locked by another process",
     12: "an input is damaged, hostile, unsupported or changed while read",
-    13: "names, shapes, dtypes or steps disagree, or a restore would fail",
+    13: "names, shapes, dtypes or steps disagree, checkpoints differ or do not belong to the run, "
+    "or a restore would fail",
     14: "the output exists or is an input",
     15: "disk full or I/O error",
     16: "the state belongs to other settings",

@@ -79,7 +79,7 @@ def near_path(path: str, otherwise: str = "") -> str:
             entries = [entry.name for entry in itertools.islice(listing, _ENTRIES)]
     except OSError:
         return otherwise
-    paths = [os.path.join(above, name) for name in near_misses(wanted, sorted(entries))]
+    paths = [os.path.join(above, name) for name in near_misses(wanted, sorted(entries), 0.6)]
     whole = [os.path.join(path, rest) for path in paths if rest]
     found = [path for path in whole if os.path.exists(path)] or paths
     return meant([command(path) for path in found], otherwise)

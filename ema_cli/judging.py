@@ -52,13 +52,22 @@ class Judge:
         self._outliers: dict[str, list[outliers.Outlier]] = {}
 
     def look_up(self, outcomes: Sequence[Outcome]) -> None:
-        """Take the distances of outputs that are there already from their provenance."""
+        """Take the distances of outputs that are there already from their provenance.
+
+        Raises `errors.OutputExists` where outliers are refused and it holds none.
+        """
         for outcome in outcomes:
             path = outcome.layout.path
             document: Mapping[str, Any] = provenance.load(path) or {}
             steps = [checkpoint.step for checkpoint in self._plan.run.checkpoints]
             found = document.get("distances")
             known = measures.from_json(found, outcome.average.label, steps)
+            if known is None and self._refuse:
+                raise errors.OutputExists(
+                    f"{shorten(path, 1000)}: exists already, and its provenance holds no distances "
+                    "to judge its checkpoints by",
+                    "measure them with --overwrite",
+                )
             if known is None:
                 self.notes.append(
                     f"{shorten(path, 1000)}: its provenance holds no distances; "
@@ -120,7 +129,8 @@ class Judge:
         for outcome in self._plan.outcomes:
             for one in self._found(outcome):
                 found.setdefault(one.checkpoint, (outcome, one))
-        hint = omitting.without(self._plan, sorted(found), again=again) if found else ""
+        more = ("--outliers", "error") if self._refuse else ("--stats",)
+        hint = omitting.without(self._plan, sorted(found), again=again, more=more) if found else ""
         return [self._warning(*found[k], hint) for k in sorted(found)]
 
     def _warning(self, outcome: Outcome, one: outliers.Outlier, hint: str) -> PlanWarning:

@@ -23,17 +23,19 @@ _PATTERNS = 24
 _SPECIAL = re.compile(r"[^A-Za-z0-9._=-]")
 
 
-def without(plan: Plan, dropped: Collection[int], *, again: bool = False) -> str:
+def without(
+    plan: Plan, dropped: Collection[int], *, again: bool = False, more: Sequence[str] = ()
+) -> str:
     """Return the command for the run of a plan without some checkpoints, or an empty string.
 
-    `again`: it is meant to replace the output of this very run.
+    `again`: it is meant to replace the output of this very run; `more`: further options of it.
     """
     request, checkpoints = plan.request, plan.run.checkpoints
     kept = [k for k in range(len(checkpoints)) if k not in dropped]
     if not kept:
         return ""
     choice = _window(request.choice, plan.run.steps, kept)
-    end = " --overwrite" if again else ""
+    end = "".join(f" {word}" for word in (*more, *(["--overwrite"] if again else [])))
     if choice is not None:
         asked = dataclasses.replace(request, choice=choice)
         return command(*run_words(asked, request.averages)) + end

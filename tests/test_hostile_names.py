@@ -19,6 +19,7 @@ from helpers import cmd, raw_safetensors, write_checkpoint
 from rich.cells import cell_len
 
 from ema_cli.text import printable
+from ema_cli.views.tables import table_text
 
 # Markup, an emoji's code, cursor movements, a window's title, a tab, a newline, a bell.
 NAMES = [
@@ -153,3 +154,13 @@ def test_what_escapes_make_ambiguous_json_tells_apart(tmp_path: Path) -> None:
     assert first == second == "a\\tb"
     document = json.loads(cmd("inspect", path, "--json").out)
     assert [row["tensor"] for row in document["tensors"]] == names
+
+
+def test_numbers_stand_in_one_line_where_there_is_room(place: Path) -> None:
+    """Names are folded first: a number over two lines reads as another one."""
+    cells = [("a/very/long/name/of/a/tensor", "0.0871290708", 1234567)]
+    with open(os.devnull, "w") as stream:
+        shown = table_text(stream, ("tensor", "weight", "bytes"), cells, color=False, width=40)
+    assert "0.0871290708" in shown
+    assert "1234567" in shown
+    assert max(map(len, shown.splitlines())) <= 40

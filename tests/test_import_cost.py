@@ -21,6 +21,7 @@ LIGHT = {
     "ema_cli.__main__",
     "ema_cli.errors",
     "ema_cli.hints",
+    "ema_cli.interruption",
     "ema_cli.text",
     "ema_cli.version",
 }

@@ -378,3 +378,16 @@ def test_an_unknown_word_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(errors.UsageError, match="outliers: expected warn or error"):
         ema_cli.average_run(FIXTURES / "digits" / "run", tmp_path / "o", outliers="ignore")
     cmd("run", FIXTURES / "digits" / "run", "-o", tmp_path / "o", "--outliers", "ignore", code=2)
+
+
+def test_what_is_refused_is_not_passed_where_nothing_was_measured(tmp_path: Path) -> None:
+    """An output that is there already without distances cannot be judged: it is an error."""
+    run, out = with_one(tmp_path / "run", 9, spike), tmp_path / "out.safetensors"
+    cmd("run", run, "-o", out)
+    told = cmd("run", run, "-o", out, "--outliers", "error", code=14).err
+    assert "holds no distances" in told
+    assert "--overwrite" in told
+    assert "no distances" in cmd("run", run, "-o", out, "--stats").err
+    cmd("run", run, "-o", out, "--outliers", "error", "--overwrite", code=13)
+    cmd("run", run, "-o", out, "--stats", "--overwrite")
+    assert "is" in cmd("run", run, "-o", out, "--outliers", "error", code=13).err

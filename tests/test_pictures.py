@@ -170,7 +170,7 @@ def test_a_state_has_a_picture(run: Path, tmp_path: Path) -> None:
     path = tmp_path / "s.svg"
     cmd("run", run, "--state", tmp_path / "S", "--decay", "0.5", "--plot", path)
     assert "effective number of checkpoints 2.9" in texts(ET.parse(path).getroot())
-    cmd("run", run, "--state", tmp_path / "S", "--decay", "0.5", "--plot", path, code=14)
+    cmd("run", run, "--state", tmp_path / "S", "--decay", "0.5", "--plot", path)
     again = ["run", run, "--state", tmp_path / "S", "--decay", "0.5", "--overwrite"]
     cmd(*again, "--plot", path)
     cmd(*again, "--plot", tmp_path / "S" / "in.svg", code=14)
@@ -222,6 +222,16 @@ def test_plan_never_replaces_and_run_does_when_asked(run: Path, tmp_path: Path) 
     words = ["run", *inputs, "-o", out, "--overwrite", "--plot", inputs[0]]
     assert "is an input" in cmd(*words, code=14).err
     assert inputs[0].read_bytes() == before
+
+
+def test_the_same_command_again_replaces_its_own_picture(run: Path, tmp_path: Path) -> None:
+    """Its output is unchanged, so the job that comes back must not fail on its picture."""
+    words = ["run", run, "-o", tmp_path / "o.safetensors", "--plot", tmp_path / "p.svg"]
+    cmd(*words)
+    first = (tmp_path / "p.svg").read_bytes()
+    assert "unchanged" in cmd(*words).out
+    assert (tmp_path / "p.svg").read_bytes() == first
+    cmd("plan", run, "--plot", tmp_path / "p.svg")  # another picture of ours
 
 
 def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:

@@ -57,7 +57,9 @@ def _hint(error: click.ClickException, arguments: Sequence[str]) -> str:
     see = f"see {context.command_path} --help" if context else ""
     if isinstance(error, click.NoSuchOption):
         known = [name for p in context.command.params for name in p.opts] if context else []
-        return _instead(error.option_name, known, arguments) or see
+        return _elsewhere(context, error.option_name) or (
+            _instead(error.option_name, known, arguments) or see
+        )
     if isinstance(error, click.exceptions.NoSuchCommand):
         known = list(context.command.commands) if context else []
         return _instead(error.command_name, known, arguments) or see
@@ -68,6 +70,16 @@ def _hint(error: click.ClickException, arguments: Sequence[str]) -> str:
         choices = getattr(error.param.type, "choices", ())  # type: ignore[attr-defined]
         return did_you_mean(found[1], choices, see)
     return see
+
+
+def _elsewhere(context: click.Context | None, option: str) -> str:
+    """Return which other commands have exactly this option."""
+    group = context.find_root().command if context else None
+    commands = group.commands if isinstance(group, click.Group) else {}
+    having = [name for name, c in commands.items() if any(option in p.opts for p in c.params)]
+    return (
+        f"it is an option of {' and '.join(f'ema-avg {name}' for name in having)}" if having else ""
+    )
 
 
 def _instead(wrong: str, known: Sequence[str], arguments: Sequence[str]) -> str:

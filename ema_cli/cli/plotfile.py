@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from ema_cli import durable
 from ema_cli.cli.plotview import Course, extent, of_plan
-from ema_cli.errors import OutputExists, StorageError, UsageError, storage_errors
+from ema_cli.errors import EmaError, OutputExists, StorageError, UsageError, storage_errors
+from ema_cli.files import read_at
 from ema_cli.text import shorten
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 SUFFIX = ".svg"
 _ANOTHER = "choose another name with --plot"
+# How much of a file is looked at for the mark of our pictures.
+_BEGINNING = 300
 
 
 def check(path: str | None, *, overwrite: bool | None = None) -> None:
@@ -49,12 +52,24 @@ def _refuse_standing(path: str, shown: str, overwrite: bool | None) -> None:
     """Raise `OutputExists` for what may not be replaced."""
     if not durable.exists(path):
         return
-    if not overwrite:
+    if not overwrite and not _is_ours(path):
         how = "remove it, or choose another name" if overwrite is None else "replace it"
         with_what = " with --plot" if overwrite is None else " with --overwrite"
         raise OutputExists(f"{shown}: exists already", how + with_what)
     if os.path.islink(path) or not os.path.isfile(path):
         raise OutputExists(f"{shown}: only a regular file can be replaced", _ANOTHER)
+
+
+def _is_ours(path: str) -> bool:
+    """Whether a picture that `picture` drew is there: the same command again replaces it."""
+    from ema_cli.views.pictures import MARK
+
+    if os.path.islink(path) or not os.path.isfile(path):
+        return False
+    try:
+        return f'{MARK}="ema-avg"'.encode() in read_at(path, 0, _BEGINNING)
+    except (EmaError, OSError):
+        return False
 
 
 def check_against(path: str | None, inputs: Iterable[Stamp], outputs: Iterable[str]) -> None:
@@ -105,7 +120,7 @@ def save_picture(path: str, data: bytes, *, overwrite: bool) -> None:
     temporary = durable.stage(path, data)
     try:
         with storage_errors(path, "cannot write"):
-            if overwrite:
+            if overwrite or _is_ours(path):
                 os.replace(temporary, path)
             else:
                 durable.rename_new(temporary, path)

@@ -38,6 +38,10 @@ _BAR, _LINE, _AXIS = "#2f6690", "#b3470b", "#8a8a8a"
 _POINTED = 1000
 
 
+# The attribute by which a picture is known to be one of ours.
+MARK = "data-drawn-by"
+
+
 class Panel(NamedTuple):
     """One average.
 
@@ -62,7 +66,7 @@ def picture(title: str, panels: Sequence[Panel], maps: Sequence[Map] = ()) -> by
     """Return an SVG document of some panels side by side, and maps below."""
     together = 2 if len(panels) == 4 else min(len(panels), 3)
     width = max(2 * MARGIN + together * _PANEL + (together - 1) * _GAP, 760 if maps else 0)
-    root = ET.Element("svg", {"xmlns": "http://www.w3.org/2000/svg"})
+    root = ET.Element("svg", {"xmlns": "http://www.w3.org/2000/svg", MARK: "ema-avg"})
     tag(root, "title").text = printable(title)
     background = rectangle(root, 0, 0, width, 0, "#ffffff")
     shown = textwrap.wrap(printable(title), int((width - 2 * MARGIN) / 8))

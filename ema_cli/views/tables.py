@@ -10,6 +10,8 @@ from ema_cli.text import printable
 Cell = str | int | float
 # Characters that a column needs to be shown at all, its distance to the next one included.
 _NARROWEST = 4
+# Characters between two columns, and those that a column of text is left with at least.
+_BETWEEN, _TEXT = 3, 6
 
 
 def write_table(
@@ -55,21 +57,41 @@ def table_text(
     cells = [[_shown(cell) for cell in row] for row in rows]
     lines = box.SIMPLE_HEAD if blocks else box.Box(str(box.SIMPLE_HEAD).replace("─", "-"))
     table = Table(box=lines, pad_edge=False, show_edge=False)
+    console = Console(
+        file=stream,
+        color_system="auto" if color else None,
+        highlight=False,
+        soft_wrap=False,
+        width=width,
+    )
+    numeric = [_numeric(row[k] for row in cells) for k in range(len(columns))]
+    whole = _whole(columns, cells, numeric, console.width)
     for k, title in enumerate(columns):
-        justify: Any = "right" if _numeric(row[k] for row in cells) else "left"
+        justify: Any = "right" if numeric[k] else "left"
         limit = first if k == 0 else None
-        table.add_column(Text(title), justify=justify, overflow="fold", max_width=limit)
+        table.add_column(
+            Text(title), justify=justify, overflow="fold", max_width=limit, no_wrap=whole[k]
+        )
     for row in cells:
         table.add_row(*(Text(cell) for cell in row))
-    styles: Any = "auto" if color else None
-    console = Console(
-        file=stream, color_system=styles, highlight=False, soft_wrap=False, width=width
-    )
     # Too narrow for all columns, rich would leave some of them out; the terminal wraps lines.
     console.width = max(console.width, _NARROWEST * len(columns))
     with console.capture() as shown:
         console.print(table)
     return shown.get()
+
+
+def _whole(
+    columns: Sequence[str], cells: Sequence[Sequence[str]], numeric: Sequence[bool], width: int
+) -> list[bool]:
+    """Return which columns stand in one line each: those of numbers, if there is room."""
+    widths = [
+        max(len(text) for text in (*title.split("\n"), *(row[k] for row in cells)))
+        for k, title in enumerate(columns)
+    ]
+    numbers = sum(one for one, is_number in zip(widths, numeric, strict=True) if is_number)
+    needed = numbers + _TEXT * numeric.count(False) + _BETWEEN * (len(columns) - 1)
+    return [is_number and needed <= width for is_number in numeric]
 
 
 def _shown(cell: Cell) -> str:
