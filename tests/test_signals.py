@@ -16,7 +16,7 @@ import pytest
 from helpers import Outcome, cmd, write_run
 from terminal import Held, held, screen
 
-from ema_cli import engine
+from ema_cli import __main__, engine
 from ema_cli.cli import main, signals
 from ema_cli.cli.signals import Signals, Terminated
 from ema_cli.executing import executor_of
@@ -236,3 +236,17 @@ def test_what_writes_nothing_has_nothing_half_written(
     err = cmd(command, run, *more, code=130).err
     assert err.startswith("ema-avg: error: interrupted")
     assert ("nothing half-written" in err) == (command == "export")
+
+
+def test_while_the_command_is_loaded_ctrl_c_ends_it_without_a_word(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Until the command's own handler stands, the interpreter's would show a traceback."""
+    seen: list[object] = []
+    monkeypatch.setattr("ema_cli.cli.entry", lambda: seen.append(signal.getsignal(signal.SIGINT)))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        __main__.start()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen == [signal.SIG_DFL]
