@@ -16,6 +16,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+from helpers import write_run
+
 PATIENCE = 60.0
 COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -42,6 +45,18 @@ engine.run_task = run_task
 from ema_cli.cli import entry
 entry()
 """
+
+
+def run_of_ten_tasks(folder: Path) -> Path:
+    """Write three checkpoints that make ten tasks of `CHILD`."""
+    values = np.random.default_rng(3).normal(size=(3, 10000)).astype(np.float32)
+    return write_run(folder, [{"w": value} for value in values])
+
+
+def words(run: Path, *more: str | Path) -> list[str | Path]:
+    """Return the command that averages them."""
+    out = run.parent / "place" / "out.safetensors"
+    return ["run", run, "-o", out, "--decay", "0.5", "--workers", "1", *more]
 
 
 class Held:

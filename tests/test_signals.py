@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
-from helpers import Outcome, cmd, write_run
-from terminal import Held, held, screen
+from helpers import Outcome, cmd
+from terminal import Held, held, run_of_ten_tasks, screen, words
 
 from ema_cli import __main__, engine
 from ema_cli.cli import main, signals
@@ -28,8 +27,7 @@ HINT = "hint: the same command continues; --restart starts over"
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """Three checkpoints of ten tasks."""
-    values = np.random.default_rng(3).normal(size=(3, 10000)).astype(np.float32)
-    return write_run(tmp_path / "run", [{"w": value} for value in values])
+    return run_of_ten_tasks(tmp_path / "run")
 
 
 @pytest.fixture
@@ -38,12 +36,6 @@ def expected(run: Path, tmp_path: Path) -> bytes:
     path = tmp_path / "expected.safetensors"
     cmd("run", run, "-o", path, "--decay", "0.5")
     return path.read_bytes()
-
-
-def words(run: Path, *more: str | Path) -> list[str | Path]:
-    """The command."""
-    out = run.parent / "place" / "out.safetensors"
-    return ["run", run, "-o", out, "--decay", "0.5", "--workers", "1", *more]
 
 
 def again(run: Path, *more: str | Path) -> tuple[Outcome, bytes]:
