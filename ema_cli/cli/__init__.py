@@ -113,14 +113,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     With ``EMA_AVG_DEBUG=1`` errors show their tracebacks first.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    _open_streams()
-    if "_EMA_AVG_COMPLETE" in os.environ:
-        from ema_cli.cli import shells
+    meta: dict[str, Any] = {"as_json": False}
+    try:
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        meta["as_json"] = "--json" in arguments
+        Out.current = None
+        _open_streams()
+        if "_EMA_AVG_COMPLETE" in os.environ:
+            from ema_cli.cli import shells
 
-        return shells.answer(cli, os.environ)
-    meta: dict[str, Any] = {"as_json": "--json" in arguments}
-    Out.current = None
+            return shells.answer(cli, os.environ)
+        return _heeding_signals(arguments, meta)
+    except Exception as error:  # memory can run out before and after the command, too
+        return _ended(error, meta)
+
+
+def _heeding_signals(arguments: list[str], meta: dict[str, Any]) -> int:
     with Signals(_say) as signals:
         try:
             with mistakes.told(arguments):
