@@ -257,6 +257,7 @@ class Unpublished:
             with storage_errors(self.destination, "cannot publish"):
                 destination.rename(self.layout, self.root, overwrite=self._overwrite)
         except BaseException:
+            provenance.recover(self.destination)  # it may have its name: memory can run out after
             durable.remove(staged)
             raise
         self._published = True
