@@ -38,7 +38,7 @@ def copied_ranges(
     wanted = wanted_of((d, copied_entries(d, checkpoint)) for d in destinations)
     index = checkpoint.index
     pending: Copy | None = None
-    for group, tensor in enumerate(index.tensors):
+    for group, tensor in enumerate(index.tensors if wanted else ()):
         # Ranges to average count their groups upwards from 0.
         for new in _copies(tensor, wanted.get(tensor.name, ()), index, first_input, -1 - group):
             if pending is not None and _copy_follows(pending, new):

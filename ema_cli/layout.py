@@ -378,6 +378,8 @@ def _entries(
         if names == "shadow" and trainable and shadow not in copied:
             # A restore asks for the shadow of every trainable variable, averaged or not.
             made.append(entry_of(shadow, tensor, COPY))
+    if not rules:
+        return made
     return [entry._replace(name=naming.apply_rules(entry.name, rules)) for entry in made]
 
 

@@ -127,8 +127,7 @@ def averaged_ranges(
     elements: list[int] = []  # of each, with those of the tensors that follow it
     segments: list[list[tuple[int, int]]] = []
     for group, (tensor, stored, names) in enumerate(_stored_once(tensors, indexes)):
-        asked = [one for name in names for one in wanted.get(name, ())]
-        asked = list({(one[0], id(one[1]), one[2], one[3][1:]): one for one in asked}.values())
+        asked = _asked(wanted, names)
         if not regions.alike([*stored, *(made for *_, made in asked)]):
             scattered = list(_scattered(tensor, stored, asked, schedules, group))
             found.extend(scattered)
@@ -152,6 +151,14 @@ def averaged_ranges(
         one._replace(elements=n, segments=tuple(groups))
         for one, n, groups in zip(found, elements, segments, strict=True)
     ]
+
+
+def _asked(wanted: Mapping[str, list[Wanted]], names: Sequence[str]) -> list[Wanted]:
+    """Return what is made of the tensor that has these names, each place once."""
+    asked = [one for name in names for one in wanted.get(name, ())]
+    if len(asked) < 2:
+        return asked
+    return list({(one[0], id(one[1]), one[2], one[3][1:]): one for one in asked}.values())
 
 
 def _segments(

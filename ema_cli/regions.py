@@ -94,9 +94,10 @@ def alike(tensors: Sequence[Tensor]) -> bool:
     their elements. A view that shows elements more than once is taken for the bytes it shows.
     """
     first = tensors[0]
-    return all(not t.slices and t.strides == first.strides for t in tensors) and (
-        not first.strides or first.extent.nbytes <= first.nbytes
-    )
+    for tensor in tensors:
+        if tensor.slices or tensor.strides != first.strides:
+            return False
+    return not first.strides or first.extent.nbytes <= first.nbytes
 
 
 def _cut(tensor: Tensor) -> tuple[Box, ...]:

@@ -101,7 +101,8 @@ def _replace_shadows(choices: list[Choice], index: Index, name: str) -> list[Cho
     def replaced(choice: Choice) -> Choice:
         tensor = choice.tensor
         base = tensor.name.removesuffix("/biased").removesuffix("/local_step")
-        variable = variable_behind(tensor._replace(name=base), name, index.by_name)
+        shadow = tensor if base == tensor.name else tensor._replace(name=base)
+        variable = variable_behind(shadow, name, index.by_name)
         if variable in averaged:
             return Choice(tensor, REPLACED, "replaced by this average")
         if choice.action == REPLACED:

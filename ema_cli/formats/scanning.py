@@ -6,6 +6,7 @@ A decoder that builds the whole document first takes many times the size of a ho
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, NamedTuple
 
 from ema_cli.errors import DamagedFile
@@ -13,6 +14,10 @@ from ema_cli.text import shorten
 
 # The longest entry of a tensor: 32 dimensions of 19 digits, two offsets, and room for spaces.
 ENTRY_LIMIT = 4096
+# What nearly all headers consist of, in one step: a name without escapes and its colon, a comma
+# before the next name. Whatever else stands there is looked at character by character.
+_KEY = re.compile(r'"([^"\\\x00-\x1f]*)"[ \n\r\t]*:[ \n\r\t]*')
+_COMMA = re.compile(r'[ \n\r\t]*,[ \n\r\t]*(?=")')
 
 
 class Repeated(NamedTuple):
@@ -58,6 +63,10 @@ class Scanner:
 
     def next(self) -> bool:
         """Step over a comma to the next member; False at the closing brace, which is passed."""
+        comma = _COMMA.match(self._text, self._at)
+        if comma is not None:
+            self._at = comma.end()
+            return True
         self._skip()
         if self._closed():
             return False
@@ -68,6 +77,10 @@ class Scanner:
 
     def key(self) -> str:
         """Return the name of the next member and pass its colon."""
+        plain = _KEY.match(self._text, self._at)
+        if plain is not None:
+            self._at = plain.end()
+            return plain[1]
         name = self.string()
         self._skip()
         self._expect(":")
