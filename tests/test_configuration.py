@@ -151,6 +151,8 @@ def test_a_file_may_be_named_in_the_environment(
     other.write_text("[run]\nlast = 1\n")
     monkeypatch.setenv("EMA_AVG_RUN_CONFIG", str(other))
     assert len(told(run)["inputs"]) == 1
+    monkeypatch.setenv("EMA_AVG_RUN_CONFIG", "nosuch.toml")
+    assert "error: EMA_AVG_RUN_CONFIG nosuch.toml: cannot open" in cmd("plan", run, code=2).err
 
 
 # ---------------------------------------------------------------------------- every option

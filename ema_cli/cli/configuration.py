@@ -79,11 +79,11 @@ def unknown_variables(ctx: click.Context) -> Iterator[tuple[str, str]]:
 # ---------------------------------------------------------------------------- the file
 
 
-def configure(ctx: click.Context, _: click.Parameter, path: str | None) -> None:
+def configure(ctx: click.Context, option: click.Parameter, path: str | None) -> None:
     """Take defaults from a TOML file: a table per command, an entry per option."""
     if path is None or ctx.resilient_parsing:
         return
-    where = f"--config {shorten(path)}"
+    where = f"{origin(ctx, option) or '--config'} {shorten(path)}"
     document = _read(path, where)
     commands = _commands(ctx)
     for name, table in document.items():
