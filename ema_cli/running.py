@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ema_cli import durable, hints, provenance, record
 from ema_cli import plan as planning
@@ -17,8 +18,6 @@ from ema_cli.destination import check_destination, repair
 from ema_cli.distances import Distances
 from ema_cli.engine import about
 from ema_cli.errors import InputError, UsageError
-from ema_cli.judging import CHOICES as OUTLIERS
-from ema_cli.judging import Judge, Suspect
 from ema_cli.output import forget, is_interrupted
 from ema_cli.plan import Outcome, Plan
 from ema_cli.producing import Document, produce
@@ -28,6 +27,9 @@ from ema_cli.search import PassedOver
 from ema_cli.tensors import Stamp
 from ema_cli.text import checkpoints, shorten
 from ema_cli.warnings import PlanWarning, warnings
+
+if TYPE_CHECKING:
+    from ema_cli.judging import Judge, Suspect
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,14 +144,16 @@ def run_plan(
 
 def _judge(plan: Plan, stats: bool, outliers: str | None, strict: bool) -> Judge | None:
     """Return who tells of the checkpoints' distances, if anybody asked for them."""
-    if outliers not in (None, *OUTLIERS):
-        words = " or ".join(OUTLIERS)
+    if not stats and outliers is None:
+        return None
+    from ema_cli import judging
+
+    if outliers not in (None, *judging.CHOICES):
+        words = " or ".join(judging.CHOICES)
         raise UsageError(
             f"outliers: expected {words}, found '{shorten(str(outliers))}'", "leave out outliers"
         )
-    if not stats and outliers is None:
-        return None
-    return Judge(plan, refuse=strict or outliers == "error")
+    return judging.Judge(plan, refuse=strict or outliers == "error")
 
 
 def _judged(result: RunResult, judge: Judge) -> RunResult:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import tempfile
 from collections.abc import Collection, Iterator
 
 from ema_cli import durable
@@ -68,5 +67,7 @@ def readable(checkpoint: Checkpoint, names: Collection[str]) -> Iterator[Checkpo
     if not spilled(checkpoint, names):
         yield checkpoint
         return
+    import tempfile  # with what compresses, which few need
+
     with tempfile.TemporaryDirectory(prefix="ema-avg-") as directory:
         yield spill(checkpoint, names, os.path.join(directory, "spilled"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import os
 import select
@@ -255,9 +254,6 @@ def _is_written(stream: TextIO) -> bool:
 
 def entry() -> NoReturn:
     """Be the ``ema-avg`` command."""
-    # An index is hundreds of thousands of tuples without a cycle: looking for one again and again
-    # took a fifth of the time over 20,000 tensors.
-    gc.set_threshold(1 << 20)
     code = main()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the interpreter's end has nothing to tell
     sys.exit(code)
