@@ -12,7 +12,7 @@ def start() -> None:
     # An index is hundreds of thousands of tuples without a cycle: looking for one again and again
     # took a fifth of the time over 20,000 tensors; while modules are loaded it is no use either.
     gc.set_threshold(1 << 20)
-    # NumPy's linear algebra, which is not ours, would start a thread per core, and let them spin.
+    # NumPy's linear algebra would start a thread for each core, spinning beside our own workers.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from ema_cli.cli import entry
 
