@@ -102,7 +102,7 @@ def test_the_command_starts_no_threads_for_linear_algebra(
 ) -> None:
     """NumPy would start one for each core, unless somebody says otherwise."""
     program = (
-        "import os, sys, threading\n"
+        "import os\n"
         "from ema_cli import __main__, cli\n"
         "def entry():\n    import numpy\n    print(len(os.listdir('/proc/self/task')))\n"
         "cli.entry = entry\n__main__.start()\n"

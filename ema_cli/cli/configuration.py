@@ -108,9 +108,8 @@ def configure(ctx: click.Context, option: click.Parameter, path: str | None) -> 
                     f"{there}: no such option",
                     did_you_mean(name, known, f"see ema-avg {table_name} --help"),
                 )
-            option = known[name]
-            key = option.name or name
-            defaults[key], origins[key] = _value(option, value, there), there
+            key = known[name].name or name
+            defaults[key], origins[key] = _value(known[name], value, there), there
     ctx.meta["as_json"] = ctx.meta["as_json"] or defaults.get("json") is True
     ctx.meta["origins"] = origins
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
